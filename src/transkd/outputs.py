@@ -1,0 +1,33 @@
+"""What every network shows to the losses."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["EVERYTHING", "SegmentationOutput"]
+
+EVERYTHING = frozenset({"logits", "features", "embeddings"})
+"""All that a network can be asked for; a term's ``needs`` is a subset."""
+
+
+class SegmentationOutput(NamedTuple):
+    """One network's view of one batch.
+
+    Attributes:
+        logits: raw scores [B, K, h, w] at the network's own stride, or None where nobody asked for them.
+        features: one map per stage, stage i [B, C_i, H_i, W_i], shallowest first.
+        embeddings: one token map per stage, stage i [B, N_i, C_i] with N_i = H_i·W_i; empty for
+            networks without patch embeddings.
+        image: the network's own input [B, 3, H, W], after its normalisation.
+
+    Example:
+        >>> import torch
+        >>> output = SegmentationOutput(None, (torch.zeros(1, 8, 4, 4),), (), torch.zeros(1, 3, 16, 16))
+        >>> output.features[0].shape
+        torch.Size([1, 8, 4, 4])
+    """
+
+    logits: Tensor | None
+    features: tuple[Tensor, ...]
+    embeddings: tuple[Tensor, ...]
+    image: Tensor
