@@ -1,0 +1,79 @@
+"""What the commands share: finding conf/, running under Hydra, turning a user's mistake into one clear message."""
+
+import os
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+
+import hydra
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from transkd.errors import UserError
+
+__all__ = ["CONF", "hydra_command"]
+
+PACKAGE = Path(__file__).parent
+# Inside a wheel the tree lies in the package, in a checkout at the top of the repository.
+CONF = next((path for path in (PACKAGE / "conf", PACKAGE.parents[1] / "conf") if path.is_dir()), PACKAGE / "conf")
+
+
+def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Make ``main(cfg)`` a command: composed by Hydra from ``conf/<config_name>.yaml``, user errors on one line.
+
+    A bug keeps its traceback; so does everything when the user sets HYDRA_FULL_ERROR=1.
+    """
+
+    def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        def command() -> None:
+            full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting itself
+            try:
+                hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(main)()
+            except Exception as error:
+                message = None if full else explain(error)
+                if message is None:
+                    raise
+                sys.exit(f"error: {message}")
+
+        return command
+
+    return decorate
+
+
+def explain(error: BaseException) -> str | None:
+    """The message for a mistake of the user's, None for anything else."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        if isinstance(cause, UserError):
+            return str(cause)
+    for cause in causes:
+        if isinstance(cause, MissingMandatoryValue | InterpolationKeyError):
+            key = getattr(cause, "full_key", None) or ""
+            return f"{key} has no value; give it on the command line: {key}=…"
+    unknown = next((c for c in causes if isinstance(c, OmegaConfBaseException) and "not in struct" in str(c)), None)
+    if unknown is not None:
+        return _unknown_key(unknown)
+    if isinstance(error, ConfigCompositionException | HydraException) and not isinstance(error, InstantiationException):
+        return " ".join(str(error).replace("\n\t", " ").split())
+    if isinstance(error, InstantiationException) and isinstance(causes[-1], TypeError):
+        return " ".join(str(error).split())
+    return None
+
+
+def _unknown_key(error: OmegaConfBaseException) -> str:
+    key = str(getattr(error, "full_key", None) or getattr(error, "key", None))
+    parent = getattr(error, "parent_node", None)
+    names = sorted(str(name) for name in parent) if isinstance(parent, DictConfig) else []
+    near = get_close_matches(key.rsplit(".", 1)[-1], names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"unknown setting {key}{hint} There are: {', '.join(names)}. A new one is added with +{key}=…"
+
+
+def save_resolved(cfg: DictConfig, path: Path) -> None:
+    """Write a config with every reference filled in."""
+    path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")

@@ -1,0 +1,103 @@
+"""The names and colours of the driving-scene label sets."""
+
+from typing import NamedTuple
+
+__all__ = ["CAMVID", "CITYSCAPES", "CLASS_SETS", "ClassSet"]
+
+
+class ClassSet(NamedTuple):
+    """The classes of a label set, in the order of their train ids.
+
+    Pixels that belong to no class carry the label 255; no loss and no score reads them, and pictures draw them black.
+
+    Attributes:
+        names: one name per train id.
+        palette: one RGB colour per train id.
+
+    Example:
+        >>> CITYSCAPES.names.index("car"), CITYSCAPES.palette[13]
+        (13, (0, 0, 142))
+    """
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+
+
+CITYSCAPES = ClassSet(
+    names=(
+        "road",
+        "sidewalk",
+        "building",
+        "wall",
+        "fence",
+        "pole",
+        "traffic light",
+        "traffic sign",
+        "vegetation",
+        "terrain",
+        "sky",
+        "person",
+        "rider",
+        "car",
+        "truck",
+        "bus",
+        "train",
+        "motorcycle",
+        "bicycle",
+    ),
+    palette=(
+        (128, 64, 128),
+        (244, 35, 232),
+        (70, 70, 70),
+        (102, 102, 156),
+        (190, 153, 153),
+        (153, 153, 153),
+        (250, 170, 30),
+        (220, 220, 0),
+        (107, 142, 35),
+        (152, 251, 152),
+        (70, 130, 180),
+        (220, 20, 60),
+        (255, 0, 0),
+        (0, 0, 142),
+        (0, 0, 70),
+        (0, 60, 100),
+        (0, 80, 100),
+        (0, 0, 230),
+        (119, 11, 32),
+    ),
+)
+"""The 19 classes of Cityscapes and ACDC; label 255 is ignored and drawn black."""
+
+CAMVID = ClassSet(
+    names=(
+        "sky",
+        "building",
+        "pole",
+        "road",
+        "pavement",
+        "tree",
+        "sign_symbol",
+        "fence",
+        "car",
+        "pedestrian",
+        "bicyclist",
+    ),
+    palette=(
+        (128, 128, 128),
+        (128, 0, 0),
+        (192, 192, 128),
+        (128, 64, 128),
+        (0, 0, 192),
+        (128, 128, 0),
+        (192, 128, 128),
+        (64, 64, 128),
+        (64, 0, 128),
+        (64, 64, 0),
+        (0, 128, 192),
+    ),
+)
+"""The 11 classes of CamVid as SegNet's tutorial groups them; label 255 is ignored and drawn black."""
+
+CLASS_SETS = {"cityscapes": CITYSCAPES, "camvid": CAMVID}
+"""The label sets by the name that configurations use."""

@@ -1,0 +1,145 @@
+"""Image-label pairs on disk as a data set: paired by name, checked when read."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from transkd.data.classes import ClassSet
+from transkd.errors import UserError
+
+__all__ = ["IGNORE", "Batch", "Pair", "SegmentationDataset", "pair_by_name", "read_image"]
+
+IGNORE = 255
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+_UNKNOWN = 254
+
+
+class Pair(NamedTuple):
+    """Where one image and its label lie."""
+
+    image: Path
+    label: Path
+
+
+class Batch(NamedTuple):
+    """One sample, or a batch of them.
+
+    Attributes:
+        image: RGB uint8 [B, 3, H, W].
+        target: class ids with 255 = ignore, uint8 [B, H, W] on its way, int64 on the device.
+        name: path of each image, for messages.
+    """
+
+    image: Tensor
+    target: Tensor
+    name: Any
+
+
+def pair_by_name(images: Mapping[str, Path], labels: Mapping[str, Path]) -> list[Pair]:
+    """Pair images and labels by their common key, in the order of the keys; never by position.
+
+    Raises:
+        UserError: an image without a label or a label without an image, each named.
+    """
+    alone = [f"image without a label: {images[key]}" for key in sorted(images.keys() - labels.keys())]
+    alone += [f"label without an image: {labels[key]}" for key in sorted(labels.keys() - images.keys())]
+    if alone:
+        more = f"; and {len(alone) - 6} more" if len(alone) > 6 else ""
+        raise UserError(f"images and labels must come in pairs of the same name; {'; '.join(alone[:6])}{more}")
+    return [Pair(images[key], labels[key]) for key in sorted(images)]
+
+
+def read_image(path: str | Path, mode: str | None = "RGB") -> npt.NDArray[np.uint8]:
+    """Read an image whole: [H, W, 3] uint8 for "RGB", the stored values for None.
+
+    Raises:
+        UserError: missing, truncated or no image at all.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert(mode) if mode else image)
+    except FileNotFoundError as error:
+        raise UserError(f"image not found: {path}") from error
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+        raise UserError(f"cannot read the image {path}: damaged, truncated or no image ({error})") from error
+
+
+class SegmentationDataset(Dataset[Batch]):
+    """Images with labels of class ids.
+
+    Args:
+        pairs: files, see ``pair_by_name``.
+        classes: names and colours; label values 0 … K-1 belong to them, 255 is ignored.
+        void: further label values to ignore.
+        transform: an Albumentations composition, applied to image and label.
+        transform_labels: False leaves the label at its own size (for scoring at full resolution).
+
+    A key is an index, or an index with the seed of its augmentation (``transkd.data.datamodule.SeededSampler``).
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        classes: ClassSet,
+        void: Sequence[int] = (),
+        transform: Any = None,
+        transform_labels: bool = True,
+    ) -> None:
+        self.pairs = list(pairs)
+        self.classes = classes
+        self.transform = transform
+        self.transform_labels = transform_labels
+        self._ids = np.full(256, _UNKNOWN, dtype=np.uint8)
+        self._ids[: len(classes.names)] = np.arange(len(classes.names))
+        self._ids[[IGNORE, *void]] = IGNORE
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pairs)
+
+    def read(self, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """Image [H, W, 3] and label [H, W] as they lie on disk, the label's void values mapped to 255."""
+        pair = self.pairs[index]
+        image, stored = read_image(pair.image), read_image(pair.label, mode=None)
+        if stored.ndim != 2 or stored.dtype != np.uint8:
+            raise UserError(
+                f"{pair.label}: a label is a single-channel 8-bit image of class ids, "
+                f"got {stored.dtype} of shape {list(stored.shape)}"
+            )
+        if stored.shape != image.shape[:2]:
+            raise UserError(
+                f"image and label differ in size: {pair.image} is {image.shape[0]}×{image.shape[1]}, "
+                f"{pair.label} is {stored.shape[0]}×{stored.shape[1]}"
+            )
+        label = self._ids[stored]
+        if (label == _UNKNOWN).any():
+            raise UserError(
+                f"{pair.label}: label values {np.unique(stored[label == _UNKNOWN]).tolist()} are outside the "
+                f"{len(self.classes.names)} classes 0…{len(self.classes.names) - 1} (255 = ignore)"
+            )
+        return image, label
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Batch:
+        """The sample as tensors, transformed."""
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        image, label = self.read(index)
+        if self.transform is not None:
+            if seed is not None:
+                self.transform.set_random_seed(seed)
+            if self.transform_labels:
+                transformed = self.transform(image=image, mask=label)
+                image, label = transformed["image"], transformed["mask"]
+            else:
+                image = self.transform(image=image)["image"]
+        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        with warnings.catch_warnings():  # a label read straight from disk may be read-only; nobody writes to it
+            warnings.simplefilter("ignore", UserWarning)
+            return Batch(pixels, torch.from_numpy(np.ascontiguousarray(label)), str(self.pairs[index].image))

@@ -1,0 +1,108 @@
+"""What a term must find in the networks' outputs, said clearly where it is not there."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from transkd.errors import UserError
+from transkd.outputs import SegmentationOutput
+
+__all__ = ["check_needs", "paired_channels", "stage_pairs"]
+
+CHANNEL_DIM = {"features": 1, "embeddings": 2}
+INSTEAD = {
+    "logits": "ask that network for its logits, or choose a term that reads features, such as csf",
+    "features": "choose a network that shows stage features, or a term that reads logits",
+    "embeddings": "choose a term that reads features, such as csf, or a network with patch embeddings, "
+    "such as segformer_b0",
+}
+
+
+class StagewiseTerm(Protocol):
+    """A term that compares stage by stage."""
+
+    needs: frozenset[str]
+    student_channels: tuple[int, ...]
+    teacher_channels: tuple[int, ...]
+
+
+def paired_channels(
+    term: object, student: Sequence[int], teacher: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Give both lists of channels as tuples; for a term's constructor.
+
+    Raises:
+        UserError: the lists differ in length, or are empty.
+    """
+    if len(student) != len(teacher) or not student:
+        raise UserError(
+            f"{_name(term)} pairs each stage of the student with one of the teacher; got {len(student)} "
+            f"student_channels {list(student)} and {len(teacher)} teacher_channels {list(teacher)}. "
+            "Choose networks with the same number of stages."
+        )
+    return tuple(student), tuple(teacher)
+
+
+def check_needs(
+    term: object, needs: frozenset[str], student: SegmentationOutput, teacher: SegmentationOutput | None
+) -> SegmentationOutput | None:
+    """Give the teacher back after seeing that both networks show what a term reads.
+
+    Raises:
+        UserError: a network shows nothing of a kind that is needed, or there is no teacher.
+    """
+    if needs and teacher is None:
+        raise UserError(
+            f"{_name(term)} reads the teacher's {', '.join(sorted(needs))}, but there is no teacher. "
+            "Choose a teacher, or train without distillation (distill=none)."
+        )
+    for kind in sorted(needs):
+        for who, output in (("student", student), ("teacher", teacher)):
+            if getattr(output, kind) is None or len(getattr(output, kind)) == 0:
+                raise UserError(f"{_name(term)} compares {kind}, but the {who} shows none: {INSTEAD[kind]}.")
+    return teacher
+
+
+def stage_pairs(
+    term: StagewiseTerm, kind: str, student: SegmentationOutput, teacher: SegmentationOutput | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Pair the student's stages with the teacher's, the teacher's detached, shallowest first.
+
+    Args:
+        term: the one that asks; its name goes into the messages, its channels are what is expected.
+        kind: "features" or "embeddings".
+        student: what the student shows.
+        teacher: what the teacher shows.
+
+    Raises:
+        UserError: something is missing, or the stages or their channels are not those that the term was
+            built for.
+    """
+    shown = check_needs(term, term.needs, student, teacher)
+    ours: tuple[Tensor, ...] = getattr(student, kind)
+    theirs: tuple[Tensor, ...] = getattr(shown, kind)
+    if not len(ours) == len(theirs) == len(term.student_channels):
+        raise UserError(
+            f"{_name(term)} was built for {len(term.student_channels)} stages and pairs them one to one; "
+            f"the student shows {len(ours)} stages of {kind}, the teacher {len(theirs)}. "
+            "Choose networks with the same number of stages."
+        )
+    _check_channels(term, "student", kind, ours, term.student_channels)
+    _check_channels(term, "teacher", kind, theirs, term.teacher_channels)
+    return [(mine, other.detach()) for mine, other in zip(ours, theirs, strict=True)]
+
+
+def _check_channels(
+    term: StagewiseTerm, who: str, kind: str, maps: tuple[Tensor, ...], expected: tuple[int, ...]
+) -> None:
+    got = tuple(stage.shape[CHANNEL_DIM[kind]] for stage in maps)
+    if got != expected:
+        raise UserError(
+            f"{_name(term)} was built with {who}_channels={expected}, but the {who}'s {kind} have {got}. "
+            f"Build it with {who}_channels={got}."
+        )
+
+
+def _name(term: object) -> str:
+    return type(term).__name__

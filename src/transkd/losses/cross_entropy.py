@@ -1,0 +1,96 @@
+"""The task's own loss, as a term like every other."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transkd.errors import UserError
+from transkd.losses.criteria import widen
+from transkd.outputs import SegmentationOutput
+
+__all__ = ["TaskCrossEntropy"]
+
+RESOLUTIONS = ("labels", "logits")
+
+
+class TaskCrossEntropy(nn.Module):
+    """Cross-entropy between the student's logits and the labels; the teacher is not read.
+
+    ``Σ_x w[y_x] · −log softmax(z_x)[y_x] / Σ_x w[y_x]`` over the valid pixels x, and a differentiable 0 when
+    there are none, where `torch.nn.functional.cross_entropy` gives NaN.
+
+    Args:
+        class_weights: w, one per class; None weighs all classes alike.
+        resolution: where to compare: "labels" upsamples the logits bilinearly to the labels' size, "logits"
+            takes the nearest label for each of the logits' pixels.
+        ignore_index: the label that is not learnt; negative labels are not learnt either.
+
+    Shapes:
+        Logits [B, K, h, w], floating, and target [B, H, W], int64, to a scalar, float32 or float64.
+
+    Raises:
+        UserError: an unknown resolution, no logits, no labels, or a number of class weights other than K.
+
+    Example:
+        >>> student = SegmentationOutput(torch.zeros(1, 4, 2, 2), (), (), torch.rand(1, 3, 8, 8))
+        >>> TaskCrossEntropy()(student, None, torch.zeros(1, 8, 8, dtype=torch.int64))  # log 4
+        tensor(1.3863)
+    """
+
+    needs: frozenset[str] = frozenset()
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        class_weights: Sequence[float] | None = None,
+        resolution: str = "labels",
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        if resolution not in RESOLUTIONS:
+            raise UserError(f"TaskCrossEntropy: resolution must be one of {RESOLUTIONS}; got {resolution!r}.")
+        self.resolution, self.ignore_index = resolution, ignore_index
+        weights = None if class_weights is None else torch.tensor([float(weight) for weight in class_weights])
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def forward(
+        self,
+        student: SegmentationOutput,
+        teacher: SegmentationOutput | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """Compare the student's logits with the labels."""
+        if student.logits is None:
+            raise UserError(
+                "TaskCrossEntropy reads the student's logits, but it shows none: ask it for logits."
+            )
+        if target is None:
+            raise UserError("TaskCrossEntropy reads labels, but there are none: call it with target=labels.")
+        logits = widen(student.logits)
+        if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
+            raise UserError(
+                f"TaskCrossEntropy has {len(self.class_weights)} class weights, the student "
+                f"{logits.shape[1]} classes: set class_weights to one weight per class, or to null."
+            )
+        if self.resolution == "labels":
+            logits = F.interpolate(logits, size=target.shape[-2:], mode="bilinear", align_corners=False)
+        else:
+            target = _nearest(target, logits.shape[-2], logits.shape[-1])
+        return _mean_cross_entropy(logits, target, self.class_weights, self.ignore_index)
+
+
+def _mean_cross_entropy(logits: Tensor, target: Tensor, class_weights: Tensor | None, ignore: int) -> Tensor:
+    ignored = (target == ignore) | (target < 0)
+    weights = logits.new_ones(logits.shape[1]) if class_weights is None else class_weights.to(logits)
+    total = F.cross_entropy(logits, target.masked_fill(ignored, -100), weights, reduction="sum")
+    mass = weights[target.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
+    # without a valid pixel 0 / tiny is 0, and so is its gradient
+    return total / mass.clamp_min(torch.finfo(logits.dtype).tiny)
+
+
+def _nearest(target: Tensor, height: int, width: int) -> Tensor:
+    rows = torch.arange(height, device=target.device) * target.shape[-2] // height
+    columns = torch.arange(width, device=target.device) * target.shape[-1] // width
+    return target[:, rows[:, None], columns]

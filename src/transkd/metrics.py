@@ -1,0 +1,83 @@
+"""Scores from one confusion matrix over the whole split, under named protocols."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+__all__ = ["PROTOCOLS", "Protocol", "Scores", "SegmentationScore", "scores_from_confusion"]
+
+
+class Protocol(NamedTuple):
+    """At which size predictions meet labels.
+
+    Attributes:
+        transform_labels: the label follows the validation transform (else it stays at its own size).
+        at_logits: the label is brought to the logits' size (else logits are upsampled to the label).
+        description: for tables and ``results.json``.
+    """
+
+    transform_labels: bool
+    at_logits: bool
+    description: str
+
+
+PROTOCOLS = {
+    "full-res": Protocol(False, False, "logits upsampled to the label's own size"),
+    "input-res": Protocol(True, False, "label resized to the network's input, logits upsampled to it"),
+    "transkd-paper": Protocol(True, True, "label resized by nearest neighbour to the logits (stride 4)"),
+}
+
+
+class Scores(NamedTuple):
+    """Fractions in [0, 1].
+
+    Attributes:
+        miou: mean IoU over the classes that occur in label or prediction; NaN where none does.
+        iou: IoU per class [K]; NaN for a class in neither label nor prediction.
+        pixel_accuracy: share of valid pixels predicted right.
+    """
+
+    miou: Tensor
+    iou: Tensor
+    pixel_accuracy: Tensor
+
+
+def scores_from_confusion(confusion: Tensor) -> Scores:
+    """Scores of a confusion matrix [K, K], rows the label, columns the prediction.
+
+    Example:
+        >>> scores_from_confusion(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])).iou
+        tensor([0.7500, 0.8000,    nan], dtype=torch.float64)
+    """
+    confusion = confusion.cpu().double()
+    right = confusion.diag()
+    iou = right / (confusion.sum(0) + confusion.sum(1) - right)  # 0/0 = NaN where the class never occurs
+    return Scores(iou.nanmean(), iou, right.sum() / confusion.sum())
+
+
+class SegmentationScore(MulticlassConfusionMatrix):
+    """Streaming mIoU: sums one confusion matrix over batches and ranks, keeps no prediction.
+
+    Args:
+        num_classes: number of classes K; 255 is ignored.
+        protocol: a name in ``PROTOCOLS``.
+    """
+
+    def __init__(self, num_classes: int, protocol: str) -> None:
+        super().__init__(num_classes, ignore_index=255, validate_args=False)
+        self.protocol = protocol
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add logits [B, K, h, w] against labels [B, H, W]."""
+        if PROTOCOLS[self.protocol].at_logits:
+            target = F.interpolate(target[:, None].float(), size=logits.shape[-2:])[:, 0].long()
+        else:
+            logits = F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
+        super().update(logits.argmax(1), target)
+
+    def compute(self) -> Any:
+        """``Scores`` of everything seen."""
+        return scores_from_confusion(super().compute())

@@ -1,0 +1,89 @@
+"""Decode heads: four stage features in, logits out."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transkd.patch_embedding import init_vision_weights
+
+__all__ = ["SegformerHead"]
+
+
+class _Linear(nn.Module):
+    """Holds one stage's linear layer under the published name ``linear_c{i}.proj``."""
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_channels, width)
+
+
+class _Fuse(nn.Module):
+    """Holds the fusing 1×1 convolution and its BatchNorm under the published name ``linear_fuse``."""
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+
+
+class SegformerHead(nn.Module):
+    """All-MLP decode head of SegFormer (arXiv 2105.15203, section 3.2), computed folded.
+
+    As drawn, each stage goes through a linear layer to ``width`` channels and is upsampled to stage 1; the four are
+    concatenated (deepest first) and a 1×1 convolution brings 4·width to ``width``. All of that is linear, and
+    bilinear upsampling commutes with a 1×1 convolution (its weights sum to one, so biases pass too). Hence
+
+        Σ_i conv_i(up(linear_i(F_i)))  =  Σ_i up((conv_i ∘ linear_i)(F_i))
+
+    with conv_i the slice of the convolution that belongs to stage i: one C_i→width map per stage at the stage's own
+    resolution. Same parameters, same value and gradients up to rounding, about half the arithmetic.
+
+    Args:
+        in_channels: width of each stage, shallowest first.
+        width: channels inside the head.
+        num_classes: number of outputs K.
+        dropout: channel dropout before the classifier.
+
+    Shapes:
+        features, stage i [B, C_i, H_i, W_i] -> logits [B, K, H_1, W_1].
+
+    Example:
+        >>> head = SegformerHead((8, 16), width=16, num_classes=5)
+        >>> head((torch.zeros(2, 8, 16, 24), torch.zeros(2, 16, 8, 12))).shape
+        torch.Size([2, 5, 16, 24])
+    """
+
+    def __init__(self, in_channels: Sequence[int], width: int, num_classes: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.linears = [f"linear_c{i}" for i in range(1, len(in_channels) + 1)]
+        for name, channels in zip(self.linears, in_channels, strict=True):
+            self.add_module(name, _Linear(channels, width))
+        self.linear_fuse = _Fuse(len(in_channels) * width, width)
+        self.dropout = nn.Dropout2d(dropout)
+        self.linear_pred = nn.Conv2d(width, num_classes, 1)
+        self.apply(init_vision_weights)
+
+    def fold(self) -> list[tuple[Tensor, Tensor]]:
+        """For each stage, shallowest first, weight [width, C_i, 1, 1] and bias [width] of its folded map."""
+        # The convolution reads the deepest stage first.
+        slices = reversed(self.linear_fuse.conv.weight.flatten(1).chunk(len(self.linears), dim=1))
+        linears = [self.get_submodule(name).get_submodule("proj") for name in self.linears]
+        return [
+            ((part @ linear.weight)[:, :, None, None], part @ linear.bias)
+            for part, linear in zip(slices, linears, strict=True)
+        ]
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits at the resolution of the first feature."""
+        size = features[0].shape[-2:]
+        fused: Tensor | None = None
+        for feature, (weight, bias) in zip(features, self.fold(), strict=True):
+            mapped = F.conv2d(feature, weight, bias)
+            if mapped.shape[-2:] != size:
+                mapped = F.interpolate(mapped, size=size, mode="bilinear", align_corners=False)
+            fused = mapped if fused is None else fused + mapped
+        activated = F.relu(self.linear_fuse.bn(fused))
+        logits: Tensor = self.linear_pred(self.dropout(activated))
+        return logits

@@ -1,0 +1,86 @@
+"""Colour, overlays, comparison sheets and curves."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+__all__ = ["colourise", "draw_curves", "overlay", "save_sheet"]
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def colourise(label: Pixels, palette: Sequence[Sequence[int]]) -> Pixels:
+    """Class ids [H, W] to colours [H, W, 3]; 255 is black."""
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    colours[: len(palette)] = palette
+    return colours[label]
+
+
+def overlay(image: Pixels, colours: Pixels, opacity: float = 0.5) -> Pixels:
+    """Colours [H, W, 3] laid over an image of the same size."""
+    return (image * (1 - opacity) + colours * opacity).astype(np.uint8)
+
+
+def save_sheet(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], path: Path, title: str = "") -> None:
+    """A grid of pictures, one row a sample, one titled column a source."""
+    from matplotlib.figure import Figure
+
+    height, width = rows[0][0].shape[:2]
+    cell = 3.2
+    figure = Figure(figsize=(cell * len(titles), cell * height / width * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for i, row in enumerate(rows):
+        for axis, picture, heading in zip(axes[i], row, titles, strict=True):
+            axis.imshow(picture)
+            axis.set_axis_off()
+            if i == 0:
+                axis.set_title(heading, fontsize=10)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Each logged name of a ``metrics.csv`` with its (step, value) pairs."""
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("epoch", "step"):
+                    curves[name].append((float(row["step"]), float(value)))
+    return dict(curves)
+
+
+def draw_curves(metrics: Path, path: Path) -> None:
+    """Losses, validation scores and learning rate of a ``metrics.csv`` in one picture."""
+    from matplotlib.figure import Figure
+
+    curves = read_metrics(metrics)
+    panels = {
+        "training losses (unweighted)": [n for n in curves if n.startswith("train/") and not n.endswith("_step")],
+        "validation": [n for n in curves if n.startswith("val/")],
+        "learning rate": [n for n in curves if n.startswith("lr-")],
+    }
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    for axis, (heading, names) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for name in names:
+            axis.plot(*zip(*curves[name], strict=True), label=name.removesuffix("_epoch"), linewidth=1.2)
+        axis.set_title(heading, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if names:
+            axis.legend(fontsize=7)
+        if heading.startswith("training"):
+            axis.set_yscale("log")
+    figure.savefig(path, dpi=110)
+
+
+def save_image(pixels: Pixels, path: Path) -> None:
+    """Write a picture or a map of class ids."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)

@@ -1,0 +1,53 @@
+"""What a run shows at its end: the table of scores, comparison pictures, curves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from transkd.data import SegmentationDataModule
+from transkd.metrics import Scores
+from transkd.models import Segmenter
+from transkd.pictures import colourise, draw_curves, save_sheet
+
+__all__ = ["print_scores", "save_report_pictures"]
+
+
+def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], protocol: str) -> None:
+    """One table: mIoU, pixel accuracy and IoU per class of every scored network, in percent."""
+    scored = {network: scores for network, scores in networks.items() if scores is not None}
+    table = Table(title=f"validation, protocol {protocol} [%]")
+    table.add_column("")
+    for network in scored:
+        table.add_column(network, justify="right")
+    table.add_row("mIoU", *[f"{100 * scores.miou:.2f}" for scores in scored.values()], style="bold")
+    table.add_row("pixel accuracy", *[f"{100 * s.pixel_accuracy:.2f}" for s in scored.values()], end_section=True)
+    for i, name in enumerate(names):
+        values = [scores.iou[i].item() for scores in scored.values()]
+        table.add_row(name, *["–" if value != value else f"{100 * value:.2f}" for value in values])
+    Console().print(table)
+
+
+def save_report_pictures(
+    run_dir: Path, data: SegmentationDataModule, networks: Mapping[str, Segmenter | None], count: int
+) -> None:
+    """``pictures/predictions.png`` (image | label | each network, evenly spaced images) and ``pictures/curves.png``."""
+    folder = run_dir / "pictures"
+    folder.mkdir(exist_ok=True)
+    metrics = run_dir / "metrics.csv"
+    if metrics.is_file():
+        draw_curves(metrics, folder / "curves.png")
+    shown = {name: network.cpu().eval() for name, network in networks.items() if network is not None}
+    dataset = data.dataset("val")
+    if count < 1:
+        return
+    rows = []
+    for i in range(0, len(dataset), -(-len(dataset) // count)):
+        image, target, _ = dataset[i]
+        row = [image.permute(1, 2, 0).numpy(), colourise(target.numpy(), data.classes.palette)]
+        for network in shown.values():
+            ids = network.predict(image[None], target.shape)[0].numpy()
+            row.append(colourise(ids, data.classes.palette))
+        rows.append(row)
+    save_sheet(rows, ["image", "label", *shown], folder / "predictions.png")

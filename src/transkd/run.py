@@ -1,0 +1,244 @@
+"""One training run, from a composed configuration to a deployable student."""
+
+import hashlib
+import json
+import logging
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+import transkd
+from transkd.cli import save_resolved
+from transkd.data import SegmentationDataModule
+from transkd.distiller import Distiller
+from transkd.errors import UserError
+from transkd.losses import Criterion
+from transkd.metrics import PROTOCOLS, Scores
+from transkd.models import FrozenTeacher, Segmenter, load_weights, save_segmenter
+from transkd.report import print_scores, save_report_pictures
+
+__all__ = ["run", "score"]
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> None:
+    """Build everything, train, score, and write the run's folder."""
+    started = time.time()
+    run_dir = Path(cfg.run_dir)
+    ckpt_path = find_checkpoint(cfg)
+    torch.set_float32_matmul_precision("high")
+    L.seed_everything(cfg.seed, verbose=False)
+
+    data: SegmentationDataModule = instantiate(cfg.data)
+    student: Segmenter = instantiate(cfg.student.network)  # before the teacher: its start must not depend on one
+    criterion, teacher_network = build_criterion(cfg, student)
+    if rank_zero_only.rank == 0:
+        save_resolved(cfg, run_dir / "config.yaml")
+        data.prepare_data()
+    data.dataset("train"), data.dataset("val")  # a mistake in the data shows here, before anything long
+    log_sizes(student, criterion)
+
+    teacher, notes, teacher_scores = None, {}, None
+    if teacher_network is not None and criterion.needs:
+        notes = prepare_teacher(cfg, teacher_network, data)
+        teacher_scores = check_teacher(cfg, teacher_network, data)
+        teacher = FrozenTeacher(teacher_network, criterion.needs)
+
+    distiller = Distiller(student, criterion, data.classes, teacher, notes=notes, **training_settings(cfg))
+    trainer = build_trainer(cfg)
+    fit(trainer, distiller, data, ckpt_path)
+
+    scores = score(cfg, student, data)
+    if trainer.is_global_zero:
+        classes = data.classes
+        save_segmenter(student, run_dir / "student.safetensors", classes, experiment=cfg.name, **notes)
+        results = {
+            **describe_scores(scores, cfg.protocol, classes.names),
+            "teacher": {**notes, **describe_scores(teacher_scores, cfg.protocol, classes.names)} if notes else None,
+            "name": cfg.name,
+            "terms": {name: weight for name, weight in criterion.weights.items()},
+            "seed": cfg.seed,
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "minutes": round((time.time() - started) / 60, 2),
+            "parameters": count_parameters(student, criterion),
+            "resumed_from": ckpt_path,
+            "sha256": {"student.safetensors": sha256(run_dir / "student.safetensors")},
+            "versions": versions(),
+        }
+        (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        networks = {"teacher": teacher_network if teacher is not None else None, "student": student}
+        save_report_pictures(run_dir, data, networks, cfg.pictures)
+        print_scores({"teacher": teacher_scores, "student": scores}, classes.names, cfg.protocol)
+        log.info("the deployable student is %s", run_dir / "student.safetensors")
+
+
+def find_checkpoint(cfg: DictConfig) -> str | None:
+    """The checkpoint to go on from; ``last`` is the newest one of this experiment."""
+    if cfg.ckpt_path != "last":
+        if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
+            raise UserError(f"checkpoint not found: ckpt_path={cfg.ckpt_path}")
+        return str(cfg.ckpt_path) if cfg.ckpt_path else None
+    folder = Path("outputs") / cfg.name
+    found = sorted(folder.glob("**/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"ckpt_path=last: no checkpoints/last.ckpt in any run under {folder.absolute()}")
+    log.info("going on from %s", found[-1])
+    return str(found[-1])
+
+
+def build_criterion(cfg: DictConfig, student: Segmenter) -> tuple[Criterion, Segmenter | None]:
+    """The criterion, and the teacher's network where there are terms beside the task's."""
+    cfg.channels.student = list(student.channels)
+    teacher = None
+    cfg.channels.teacher = []
+    if len(cfg.criterion.terms) > 1:
+        teacher = instantiate(cfg.teacher.network)
+        cfg.channels.teacher = list(teacher.channels)
+    return instantiate(cfg.criterion), teacher
+
+
+def training_settings(cfg: DictConfig) -> dict[str, Any]:
+    """What every Distiller of this run is built with."""
+    return {
+        "optimizer": instantiate(cfg.optim.optimizer),
+        "scheduler": instantiate(cfg.optim.scheduler),
+        "interval": cfg.optim.interval,
+        "horizon": cfg.optim.horizon,
+        "protocol": cfg.protocol,
+        "seed": cfg.seed,
+    }
+
+
+def build_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
+    """Lightning's Trainer with the configured callbacks and loggers, unless ``changes`` say otherwise."""
+    parts: dict[str, Any] = {
+        "callbacks": lambda: [instantiate(part) for part in cfg.callbacks.values()],
+        "logger": lambda: [instantiate(part) for part in cfg.logger.values()],
+    }
+    built = {name: make() for name, make in parts.items() if name not in changes}
+    return instantiate(cfg.trainer, **{**built, **changes})
+
+
+def fit(trainer: L.Trainer, distiller: Distiller, data: SegmentationDataModule, ckpt_path: str | None = None) -> None:
+    """Train to the end, or stop with a word on how to go on."""
+    trainer.fit(distiller, datamodule=data, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
+    if trainer.interrupted:
+        raise UserError(f"interrupted at epoch {trainer.current_epoch}; go on with ckpt_path=last")
+
+
+def score(cfg: DictConfig, network: Segmenter, data: SegmentationDataModule) -> Scores:
+    """Score a network on the validation split under the configured protocol."""
+    distiller = Distiller(network, Criterion({}), data.classes, protocol=cfg.protocol)
+    progress = [instantiate(cfg.callbacks.progress)] if "progress" in cfg.callbacks else []
+    trainer = build_trainer(cfg, callbacks=progress, logger=False, enable_checkpointing=False)
+    was_training = network.training
+    trainer.validate(distiller, datamodule=data, verbose=False)
+    network.train(was_training)
+    assert distiller.scores is not None
+    return distiller.scores
+
+
+def prepare_teacher(cfg: DictConfig, network: Segmenter, data: SegmentationDataModule) -> dict[str, Any]:
+    """Give the teacher its weights, training it first where that is asked for; says where they come from."""
+    path = cfg.teacher.weights
+    if path is None:
+        path = fit_teacher(cfg, network, data)
+    load_weights(network, path)
+    return {"teacher_weights": str(path), "teacher_sha256": sha256(Path(path)), "teacher_name": network.name}
+
+
+def fit_teacher(cfg: DictConfig, network: Segmenter, data: SegmentationDataModule) -> Path:
+    """Train the teacher under the student's recipe and keep it; a later run with the same settings finds it."""
+    if not cfg.teacher.fit.max_epochs:
+        raise UserError(
+            "the terms read a teacher, but teacher.weights is not given: name the file with teacher.weights=PATH, "
+            "train it first with teacher.fit.max_epochs=N, or train the student alone with distill=none"
+        )
+    recipe = [cfg.data, cfg.teacher.network, cfg.teacher.fit, cfg.optim, cfg.criterion.terms.task]
+    resolved = [OmegaConf.to_container(part, resolve=True) for part in recipe]
+    key = hashlib.sha256(json.dumps([resolved, cfg.seed], sort_keys=True).encode()).hexdigest()[:12]
+    path = Path(cfg.teacher.fit.folder) / f"{cfg.name}_{network.name}_{key}.safetensors"
+    if path.is_file():
+        log.info("teacher: using %s, trained by an earlier run with the same settings", path)
+        return path
+    log.info("teacher: training %s for %d epochs first", network.name, cfg.teacher.fit.max_epochs)
+    task = Criterion({"task": instantiate(cfg.criterion.terms.task)})
+    distiller = Distiller(network, task, data.classes, **training_settings(cfg))
+    progress = [instantiate(cfg.callbacks.progress)] if "progress" in cfg.callbacks else []
+    trainer = build_trainer(
+        cfg, max_epochs=cfg.teacher.fit.max_epochs, callbacks=progress, logger=False, enable_checkpointing=False
+    )
+    fit(trainer, distiller, data)
+    if trainer.is_global_zero:
+        save_segmenter(network, path, data.classes, experiment=f"{cfg.name}, teacher")
+    trainer.strategy.barrier("teacher saved")
+    log.info("teacher: kept as %s; later runs with the same settings use it", path)
+    return path
+
+
+def check_teacher(cfg: DictConfig, network: Segmenter, data: SegmentationDataModule) -> Scores:
+    """Score the teacher; a teacher that knows nothing stops the run."""
+    scores = score(cfg, network, data)
+    log.info("teacher: mIoU %.2f %% (%s)", 100 * scores.miou, cfg.protocol)
+    if not scores.miou >= cfg.teacher.min_miou:
+        raise UserError(
+            f"the teacher reaches only mIoU {scores.miou:.3f} on the validation split, below "
+            f"teacher.min_miou={cfg.teacher.min_miou}: wrong weights, classes or normalisation? "
+            "Lower teacher.min_miou if it is meant to be so"
+        )
+    return scores
+
+
+def count_parameters(student: Segmenter, criterion: Criterion) -> dict[str, int]:
+    """Parameters of the deployed student, and of what is trained around it."""
+    return {
+        "student": sum(p.numel() for p in student.parameters()),
+        "training_modules": sum(p.numel() for p in criterion.parameters()),
+    }
+
+
+def log_sizes(student: Segmenter, criterion: Criterion) -> None:
+    """Say what is deployed and what is dropped after training."""
+    count = count_parameters(student, criterion)
+    log.info(
+        "student: %.2f M parameters; with the training modules %.2f M, which are not deployed",
+        count["student"] / 1e6,
+        sum(count.values()) / 1e6,
+    )
+
+
+def describe_scores(scores: Scores | None, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Scores as JSON holds them: fractions, None for a class that never occurs."""
+    if scores is None:
+        return {}
+    iou = {name: None if value.isnan() else round(value.item(), 6) for name, value in zip(names, scores.iou, strict=True)}
+    return {
+        "protocol": protocol,
+        "protocol_description": PROTOCOLS[protocol].description,
+        "mIoU": round(scores.miou.item(), 6),
+        "pixel_accuracy": round(scores.pixel_accuracy.item(), 6),
+        "iou": iou,
+    }
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, to tell later which one it was."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    import albumentations
+    import timm
+
+    modules = {"transkd": transkd, "torch": torch, "lightning": L, "timm": timm, "albumentations": albumentations}
+    return {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}

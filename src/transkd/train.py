@@ -1,0 +1,20 @@
+"""Train a student: ``python -m transkd.train +experiment=acdc``."""
+
+from typing import TYPE_CHECKING
+
+from transkd.cli import hydra_command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+@hydra_command("train")
+def main(cfg: "DictConfig") -> None:
+    """Compose, then hand over; torch and Lightning are imported only once the configuration stands."""
+    from transkd.run import run
+
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()
