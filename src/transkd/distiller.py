@@ -68,8 +68,9 @@ class Distiller(L.LightningModule):
         loss, values = self.criterion(student, teacher, target)
         if not loss.isfinite():
             raise UserError(self._not_finite(values, names))
-        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, on_step=False, on_epoch=True)
-        self.log("train/loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True)
+        named = {f"train/{name}": value.detach() for name, value in values.items()}
+        self.log_dict(named, on_step=False, on_epoch=True, batch_size=len(image))
+        self.log("train/loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image))
         return loss
 
     def _not_finite(self, values: dict[str, Tensor], names: list[Any]) -> str:

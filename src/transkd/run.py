@@ -5,6 +5,7 @@ import json
 import logging
 import platform
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.metrics import PROTOCOLS, Scores
-from transkd.models import FrozenTeacher, Segmenter, load_weights, save_segmenter
+from transkd.models import FrozenTeacher, Segmenter, load_segmenter, load_weights, save_segmenter
+from transkd.models.weights import read_weights
 from transkd.report import print_scores, save_report_pictures
 
 __all__ = ["run", "score"]
@@ -34,6 +36,7 @@ def run(cfg: DictConfig) -> None:
     started = time.time()
     run_dir = Path(cfg.run_dir)
     ckpt_path = find_checkpoint(cfg)
+    quiet_lightning()
     torch.set_float32_matmul_precision("high")
     L.seed_everything(cfg.seed, verbose=False)
 
@@ -46,9 +49,10 @@ def run(cfg: DictConfig) -> None:
     data.dataset("train"), data.dataset("val")  # a mistake in the data shows here, before anything long
     log_sizes(student, criterion)
 
-    teacher, notes, teacher_scores = None, {}, None
+    teacher, teacher_scores = None, None
+    notes: dict[str, Any] = {"experiment": cfg.name, "eval_transform": serialise(data.eval_transform)}
     if teacher_network is not None and criterion.needs:
-        notes = prepare_teacher(cfg, teacher_network, data)
+        notes |= prepare_teacher(cfg, teacher_network, data)
         teacher_scores = check_teacher(cfg, teacher_network, data)
         teacher = FrozenTeacher(teacher_network, criterion.needs)
 
@@ -59,10 +63,13 @@ def run(cfg: DictConfig) -> None:
     scores = score(cfg, student, data)
     if trainer.is_global_zero:
         classes = data.classes
-        save_segmenter(student, run_dir / "student.safetensors", classes, experiment=cfg.name, **notes)
+        save_segmenter(student, run_dir / "student.safetensors", classes, **notes)
         results = {
             **describe_scores(scores, cfg.protocol, classes.names),
-            "teacher": {**notes, **describe_scores(teacher_scores, cfg.protocol, classes.names)} if notes else None,
+            "teacher": {
+                **{key: value for key, value in notes.items() if key.startswith("teacher_")},
+                **describe_scores(teacher_scores, cfg.protocol, classes.names),
+            },
             "name": cfg.name,
             "terms": {name: weight for name, weight in criterion.weights.items()},
             "seed": cfg.seed,
@@ -74,11 +81,37 @@ def run(cfg: DictConfig) -> None:
             "sha256": {"student.safetensors": sha256(run_dir / "student.safetensors")},
             "versions": versions(),
         }
-        (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_results(results, run_dir)
         networks = {"teacher": teacher_network if teacher is not None else None, "student": student}
         save_report_pictures(run_dir, data, networks, cfg.pictures)
         print_scores({"teacher": teacher_scores, "student": scores}, classes.names, cfg.protocol)
         log.info("the deployable student is %s", run_dir / "student.safetensors")
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Score one file of weights on the validation split; prints the table and writes ``results.json``."""
+    quiet_lightning()
+    data: SegmentationDataModule = instantiate(cfg.data)
+    _, card = read_weights(cfg.weights)
+    if card:  # a file of ours says which network it holds
+        network, _ = load_segmenter(cfg.weights)
+    else:
+        network = instantiate(cfg.student.network, weights=cfg.weights)
+    if network.num_classes != data.num_classes:
+        raise UserError(
+            f"{cfg.weights} has {network.num_classes} classes, the data {cfg.name} has {data.num_classes}; "
+            "choose the experiment that it was trained on"
+        )
+    data.prepare_data()
+    scores = score(cfg, network, data)
+    results = {
+        **describe_scores(scores, cfg.protocol, data.classes.names),
+        "weights": str(cfg.weights),
+        "sha256": sha256(Path(cfg.weights)),
+        "versions": versions(),
+    }
+    write_results(results, Path(cfg.run_dir))
+    print_scores({"network": scores}, data.classes.names, cfg.protocol)
 
 
 def find_checkpoint(cfg: DictConfig) -> str | None:
@@ -179,7 +212,8 @@ def fit_teacher(cfg: DictConfig, network: Segmenter, data: SegmentationDataModul
     )
     fit(trainer, distiller, data)
     if trainer.is_global_zero:
-        save_segmenter(network, path, data.classes, experiment=f"{cfg.name}, teacher")
+        notes = {"experiment": f"{cfg.name}, teacher", "eval_transform": serialise(data.eval_transform)}
+        save_segmenter(network, path, data.classes, **notes)
     trainer.strategy.barrier("teacher saved")
     log.info("teacher: kept as %s; later runs with the same settings use it", path)
     return path
@@ -228,6 +262,23 @@ def describe_scores(scores: Scores | None, protocol: str, names: tuple[str, ...]
         "pixel_accuracy": round(scores.pixel_accuracy.item(), 6),
         "iou": iou,
     }
+
+
+def serialise(transform: Any) -> dict[str, Any] | None:
+    """An Albumentations composition as JSON holds it, so that a file of weights can carry its preprocessing."""
+    return transform.to_dict() if transform is not None else None
+
+
+def write_results(results: dict[str, Any], run_dir: Path) -> None:
+    """Write ``results.json``."""
+    (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def quiet_lightning() -> None:
+    """Leave out what Lightning says at every start, and warnings that concern no user of ours."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for text in (".*treespec, LeafSpec.*", ".*does not have many workers.*", ".*smaller than the logging interval.*"):
+        warnings.filterwarnings("ignore", text)
 
 
 def sha256(path: Path) -> str:

@@ -8,7 +8,8 @@ __all__ = ["CAMVID", "CITYSCAPES", "CLASS_SETS", "ClassSet"]
 class ClassSet(NamedTuple):
     """The classes of a label set, in the order of their train ids.
 
-    Pixels that belong to no class carry the label 255; no loss and no score reads them, and pictures draw them black.
+    Pixels that belong to no class carry the label 255; no loss and no score reads them, and pictures draw
+    them black.
 
     Attributes:
         names: one name per train id.

@@ -73,7 +73,8 @@ class SegmentationDataModule(L.LightningDataModule):
             raise UserError(f"data.num_classes={num_classes}, but the class set has {len(classes.names)} classes")
         if protocol not in PROTOCOLS:
             raise UserError(f"unknown protocol {protocol!r}; available: {', '.join(PROTOCOLS)}")
-        self.find, self.root, self.classes, self.void, self.prepare = find, root, classes, void, prepare
+        self.find, self.root, self.void, self.prepare = find, root, void, prepare
+        self.classes, self.num_classes = classes, num_classes
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.protocol, self.seed = protocol, seed

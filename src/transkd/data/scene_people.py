@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from transkd.data.scene_canvas import Array, Canvas, Color, circle, limb, pick, tint, upright
+from transkd.data.scene_canvas import Array, Canvas, Color, circle, ground_ellipse, limb, pick, tint, upright
 
 __all__ = ["draw_person", "draw_two_wheeler"]
 
@@ -32,7 +32,7 @@ def draw_person(canvas: Canvas, place: tuple[float, float], rng: np.random.Gener
     def part(shape: Array, color: Color) -> None:
         canvas.paint(upright(place, shape * size), color, "person")
 
-    canvas.shadow(_flat_ellipse(place, 0.45, 0.3), 0.45)
+    canvas.shadow(ground_ellipse(place, 0.45, 0.3), 0.45)
     for side in (-1, 1):
         part(limb((side * 0.08, 0.9), (side * stride, 0.06), 0.17), trousers)
         part(limb((side * stride - 0.06, 0.05), (side * stride + 0.12, 0.05), 0.1), RUBBER)
@@ -67,7 +67,7 @@ def draw_two_wheeler(
     """
     name = "motorcycle" if motor else "bicycle"
     color = pick(rng, FRAMES)
-    canvas.shadow(_flat_ellipse(place, 0.4 + 0.6 * abs(np.sin(yaw)), 0.45), 0.45)
+    canvas.shadow(ground_ellipse(place, 0.4 + 0.6 * abs(np.sin(yaw)), 0.45), 0.45)
     if abs(np.sin(yaw)) < 0.4:
         _machine_from_end(canvas, place, yaw, name, color)
         if ridden:
@@ -85,7 +85,9 @@ def _bicycle_side(canvas: Canvas, place: tuple[float, float], yaw: float, color:
     for axle in (-0.54, 0.54):
         part(circle((axle, 0.35), 0.37), None)  # as in Cityscapes, what is seen through the spokes counts
         rim = circle((axle, 0.35), 0.34, 17)
-        part(np.stack([limb(a, b, 0.07) for a, b in zip(rim, np.roll(rim, 1, 0), strict=True)]), RUBBER, False)
+        part(
+            np.stack([limb(a, b, 0.07) for a, b in zip(rim, np.roll(rim, 1, 0), strict=True)]), RUBBER, False
+        )
         part(np.stack([limb((axle, 0.35), end, 0.015) for end in rim[::3]]), (120, 120, 122), False)
     part(np.array([[-0.54, 0.35], [-0.06, 0.3], [0.42, 0.84], [-0.2, 0.84]]), None)
     rear, crank, seat, bar, front = (-0.54, 0.35), (-0.06, 0.3), (-0.22, 0.88), (0.4, 0.86), (0.54, 0.35)
@@ -110,26 +112,35 @@ def _motorcycle_side(canvas: Canvas, place: tuple[float, float], yaw: float, col
     part(limb((-0.8, 0.3), (-0.1, 0.28), 0.1), (150, 150, 152), False)
 
 
-def _machine_from_end(canvas: Canvas, place: tuple[float, float], yaw: float, name: str, color: Color) -> None:
+def _machine_from_end(
+    canvas: Canvas, place: tuple[float, float], yaw: float, name: str, color: Color
+) -> None:
     def part(shape: Array, paint: Color, shines: bool = False) -> None:
         canvas.paint(upright(place, shape), paint, name, shines=shines)
 
     motor = name == "motorcycle"
     part(limb((0, 0), (0, 0.68), 0.2 if motor else 0.09), RUBBER)
     if motor:
-        part(np.array([[-0.26, 0.38], [0.26, 0.38], [0.3, 0.7], [0.18, 0.98], [-0.18, 0.98], [-0.3, 0.7]]), color)
+        part(
+            np.array([[-0.26, 0.38], [0.26, 0.38], [0.3, 0.7], [0.18, 0.98], [-0.18, 0.98], [-0.3, 0.7]]),
+            color,
+        )
         part(limb((-0.42, 1.1), (0.42, 1.1), 0.08), RUBBER)
     else:
         part(limb((0, 0.6), (0, 1.0), 0.08), color)
         part(limb((-0.3, 1.02), (0.3, 1.02), 0.06), RUBBER)
-    part(circle((0, 0.82), 0.1 if motor else 0.06), (255, 240, 200) if np.cos(yaw) < 0 else (214, 26, 22), True)
+    part(
+        circle((0, 0.82), 0.1 if motor else 0.06), (255, 240, 200) if np.cos(yaw) < 0 else (214, 26, 22), True
+    )
 
 
 def _rider_from_end(canvas: Canvas, place: tuple[float, float], rng: np.random.Generator) -> None:
     coat, trousers = pick(rng, COATS), pick(rng, TROUSERS)
     for side in (-1, 1):
         canvas.paint(upright(place, limb((side * 0.12, 0.95), (side * 0.2, 0.32), 0.16)), trousers, "rider")
-        canvas.paint(upright(place, limb((side * 0.22, 1.48), (side * 0.34, 1.06), 0.12)), tint(coat, 0.85), "rider")
+        canvas.paint(
+            upright(place, limb((side * 0.22, 1.48), (side * 0.34, 1.06), 0.12)), tint(coat, 0.85), "rider"
+        )
     torso = np.array([[-0.19, 0.86], [0.19, 0.86], [0.25, 1.48], [0.12, 1.58], [-0.12, 1.58], [-0.25, 1.48]])
     canvas.paint(upright(place, torso), coat, "rider")
     _head(canvas, place, 1.03, rng, "rider")
@@ -154,8 +165,3 @@ def _head(
 ) -> None:
     canvas.paint(upright(place, circle((0, 1.64), (0.1, 0.13)) * size), pick(rng, SKIN), name)
     canvas.paint(upright(place, circle((0, 1.71), (0.12, 0.09)) * size), pick(rng, HAIR), name)
-
-
-def _flat_ellipse(place: tuple[float, float], across: float, ahead: float) -> Array:
-    ground = circle(place, (across, ahead))
-    return np.stack([ground[:, 0], np.zeros(len(ground)), ground[:, 1]], -1)

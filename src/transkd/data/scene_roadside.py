@@ -1,8 +1,19 @@
-"""What stands beside the road in the drawn scenes: buildings, walls, fences, plants, poles, lights and signs."""
+"""What stands beside the road of a drawn scene: houses, walls, fences, plants, poles, lights and signs."""
 
 import numpy as np
 
-from transkd.data.scene_canvas import Array, Canvas, Color, Face, circle, limb, pick, tint, upright
+from transkd.data.scene_canvas import (
+    Array,
+    Canvas,
+    Color,
+    Face,
+    circle,
+    ground_ellipse,
+    limb,
+    pick,
+    tint,
+    upright,
+)
 
 __all__ = [
     "draw_building",
@@ -33,6 +44,7 @@ GREENS = [(62, 84, 42), (84, 104, 50), (50, 72, 48), (104, 108, 52), (122, 96, 4
 BARK: Color = (66, 54, 44)
 STEEL = [(96, 100, 102), (64, 68, 70), (140, 142, 142)]
 PANES = [(60, 72, 84), (84, 96, 104), (46, 54, 62)]
+AWNINGS = [(170, 40, 40), (40, 80, 130), (40, 100, 70)]
 LIT: Color = (255, 206, 128)
 
 
@@ -61,7 +73,12 @@ def draw_building(
     if rng.random() < 0.6:
         roof = rng.uniform(1.5, 3.5)
         canvas.box(
-            place, (length + 0.3, deep + 0.6, roof), pick(rng, ROOFS), "building", bottom=height, taper=(0, 0, 3.5)
+            place,
+            (length + 0.3, deep + 0.6, roof),
+            pick(rng, ROOFS),
+            "building",
+            bottom=height,
+            taper=(0, 0, 3.5),
         )
     else:
         canvas.box(place, (length, deep + 0.3, 0.4), tint(color, 0.8), "building", bottom=height)
@@ -86,7 +103,7 @@ def _shop_front(canvas: Canvas, face: Face, top: float, rng: np.random.Generator
     canvas.paint(panes, (230, 190, 130) if open_now else pick(rng, PANES), shines=open_now)
     canvas.paint(face.grid(columns, 1, 0, 0.74 * top, (0.2, 1)), tint((92, 66, 50), rng.uniform(0.5, 1.2)))
     if rng.random() < 0.4:
-        canvas.paint(face.patch(0.08, 0.7, 0.82 * top, 0.97 * top), pick(rng, [(170, 40, 40), (40, 80, 130), (40, 100, 70)]))
+        canvas.paint(face.patch(0.08, 0.7, 0.82 * top, 0.97 * top), pick(rng, AWNINGS))
 
 
 def draw_wall(
@@ -135,7 +152,7 @@ def draw_tree(canvas: Canvas, place: tuple[float, float], rng: np.random.Generat
     color, height = pick(rng, GREENS), rng.uniform(5.0, 10.0)
     conifer = rng.random() < 0.25
     trunk = height * (0.2 if conifer else 0.45)
-    canvas.shadow(_flat(place, 1.4, 0.8), 0.4)
+    canvas.shadow(ground_ellipse(place, 1.4, 0.8), 0.4)
     canvas.paint(upright(place, limb((0, 0), (0, trunk + 0.5), 0.34)), BARK, "vegetation")
     if conifer:
         for layer in range(4):
@@ -144,14 +161,15 @@ def draw_tree(canvas: Canvas, place: tuple[float, float], rng: np.random.Generat
             canvas.paint(upright(place, tier), tint(color, 0.65 + 0.12 * layer), "vegetation")
         return
     for side in (-1, 1):
-        canvas.paint(upright(place, limb((0, trunk * 0.8), (side * 0.9, trunk + 1.0), 0.16)), BARK, "vegetation")
+        branch = limb((0, trunk * 0.8), (side * 0.9, trunk + 1.0), 0.16)
+        canvas.paint(upright(place, branch), BARK, "vegetation")
     _foliage(canvas, place, (0, trunk + 0.32 * height), 0.3 * height, color, rng)
 
 
 def draw_bush(canvas: Canvas, place: tuple[float, float], rng: np.random.Generator) -> None:
     """A round bush."""
     radius = rng.uniform(0.5, 1.1)
-    canvas.shadow(_flat(place, radius, 0.4), 0.4)
+    canvas.shadow(ground_ellipse(place, radius, 0.4), 0.4)
     _foliage(canvas, place, (0, radius * 0.8), radius, pick(rng, GREENS), rng)
 
 
@@ -209,6 +227,24 @@ def _signal_head(canvas: Canvas, place: tuple[float, float], middle: tuple[float
         canvas.paint(lens, color if index == phase else tint(color, 0.22), shines=index == phase)
 
 
+_FIFTY = np.stack(
+    [
+        limb(start, end, 0.055)
+        for start, end in (
+            ((-0.2, 0.15), (-0.04, 0.15)),
+            ((-0.18, 0.15), (-0.18, 0.02)),
+            ((-0.2, 0.02), (-0.04, 0.02)),
+            ((-0.06, 0.02), (-0.06, -0.14)),
+            ((-0.2, -0.14), (-0.04, -0.14)),
+            ((0.06, 0.17), (0.06, -0.16)),
+            ((0.19, 0.17), (0.19, -0.16)),
+            ((0.06, 0.15), (0.19, 0.15)),
+            ((0.06, -0.14), (0.19, -0.14)),
+        )
+    ]
+)
+
+
 def draw_sign(canvas: Canvas, place: tuple[float, float], rng: np.random.Generator) -> None:
     """One of the common traffic signs on its post."""
     red: Color = (196, 26, 32)
@@ -219,7 +255,7 @@ def draw_sign(canvas: Canvas, place: tuple[float, float], rng: np.random.Generat
     canvas.paint(upright(place, limb((0, 0), (0, top), 0.12)), pick(rng, STEEL), "pole")
 
     def plate(shape: Array, color: Color, name: str | None = None) -> None:
-        canvas.paint(upright(place, shape + [0, top]), color, name)
+        canvas.paint(upright(place, shape + np.array([0, top])), color, name)
 
     triangle = np.array([[-0.5, -0.34], [0.5, -0.34], [0, 0.54]])
     square = np.array([[-0.4, -0.4], [0.4, -0.4], [0.4, 0.4], [-0.4, 0.4]])
@@ -227,7 +263,7 @@ def draw_sign(canvas: Canvas, place: tuple[float, float], rng: np.random.Generat
     if kind == 0:  # speed limit
         plate(circle((0, 0), 0.44), red, "traffic sign")
         plate(circle((0, 0), 0.32), white)
-        plate(np.stack([limb((x, -0.14), (x, 0.14), 0.1) for x in (-0.11, 0.11)]), (20, 20, 20))
+        plate(_FIFTY, (20, 20, 20))
     elif kind == 1:  # danger
         plate(triangle, red, "traffic sign")
         plate(triangle * 0.64, white)
@@ -243,8 +279,3 @@ def draw_sign(canvas: Canvas, place: tuple[float, float], rng: np.random.Generat
     else:  # direction board
         plate(square * [2.0, 0.8], pick(rng, [yellow, blue, (30, 110, 70)]), "traffic sign")
         plate(np.stack([limb((-0.6, y), (0.5, y), 0.09) for y in (-0.12, 0.12)]), white)
-
-
-def _flat(place: tuple[float, float], across: float, ahead: float) -> Array:
-    ground = circle(place, (across, ahead))
-    return np.stack([ground[:, 0], np.zeros(len(ground)), ground[:, 1]], -1)

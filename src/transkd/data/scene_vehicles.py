@@ -35,7 +35,6 @@ def draw_car(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.ran
     height, waist, width = (1.95, 1.05, 1.9) if van else (rng.uniform(1.42, 1.62), 0.88, 1.78)
     front, rear = (1.1, 0.15) if van else (1.35, rng.uniform(0.25, 0.9))
     _ground_shadow(canvas, place, CAR_LENGTH, width, yaw)
-    _tyres(canvas, place, CAR_LENGTH, width, yaw)
     body = canvas.box(place, (CAR_LENGTH, width, waist - 0.24), color, "car", bottom=0.24, yaw=yaw)
     cabin_size = (CAR_LENGTH - 0.1, width - 0.06, height - waist)
     cabin = canvas.box(place, cabin_size, color, "car", bottom=waist, yaw=yaw, taper=(front, rear, 0.22))
@@ -47,6 +46,7 @@ def draw_car(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.ran
             canvas.paint(face.patch(0.08, 0.92, 0.1, 0.88), GLASS)
             canvas.paint(face.patch(0.12, 0.45, 0.45, 0.8), tint(GLASS, 1.7))
     _wheels(canvas, body, (0.8, CAR_LENGTH - 0.85), 0.31, "car")
+    _tyres(canvas, body, 0.24, "car")
     _car_ends(canvas, body, color)
 
 
@@ -58,10 +58,12 @@ def draw_truck(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.r
     cab_place = _moved(place, forward * (length / 2 - 0.95))
     load_place = _moved(place, -forward * 1.05)
     _ground_shadow(canvas, place, length, width, yaw)
-    _tyres(canvas, place, length, width, yaw, "truck")
 
     def cab() -> None:
-        faces = canvas.box(cab_place, (1.9, 2.3, 2.3), cab_color, "truck", bottom=0.4, yaw=yaw, taper=(0.25, 0, 0.05))
+        faces = canvas.box(
+            cab_place, (1.9, 2.3, 2.3), cab_color, "truck", bottom=0.4, yaw=yaw, taper=(0.25, 0, 0.05)
+        )
+        _tyres(canvas, faces, 0.4, "truck")
         if "front" in faces:
             canvas.paint(faces["front"].patch(0.07, 0.93, 0.5, 0.88), GLASS)
             canvas.paint(faces["front"].patch(0.2, 0.8, 0.12, 0.36), tint(cab_color, 0.4))
@@ -73,7 +75,9 @@ def draw_truck(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.r
     def load() -> None:
         size = (length - 2.1, width, height - 0.8)
         faces = canvas.box(load_place, size, load_color, "truck", bottom=0.8, yaw=yaw)
-        chassis = canvas.box(load_place, (length - 2.1, width - 0.2, 0.35), (44, 44, 46), "truck", bottom=0.45, yaw=yaw)
+        chassis = canvas.box(
+            load_place, (length - 2.1, width - 0.2, 0.35), (44, 44, 46), "truck", bottom=0.45, yaw=yaw
+        )
         for side in ("left", "right"):
             if side in faces:
                 canvas.paint(faces[side].grid(9, 1, 0.03, 0.97, (0.06, 1)), tint(load_color, 0.82))
@@ -82,6 +86,7 @@ def draw_truck(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.r
             canvas.paint(faces["rear"].patch(0.515, 0.94, 0.05, 0.95), tint(load_color, 0.84))
             _lamps(canvas, chassis["rear"], TAILLIGHT, bottom=0.1, top=0.9)
         _wheels(canvas, chassis, (1.0, 4.9), 0.48, "truck")
+        _tyres(canvas, chassis, 0.45, "truck")
 
     for part in (cab, load) if np.cos(yaw) > 0 else (load, cab):  # the farther part first
         part()
@@ -92,8 +97,9 @@ def draw_bus(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.ran
     color = pick(rng, BUS_PAINT)
     length, width = 11.0, 2.5
     _ground_shadow(canvas, place, length, width, yaw)
-    _tyres(canvas, place, length, width, yaw, "bus")
-    faces = canvas.box(place, (length, width, 2.75), color, "bus", bottom=0.3, yaw=yaw, taper=(0.08, 0.05, 0.04))
+    faces = canvas.box(
+        place, (length, width, 2.75), color, "bus", bottom=0.3, yaw=yaw, taper=(0.08, 0.05, 0.04)
+    )
     for side, face in faces.items():
         if side in ("left", "right"):
             canvas.paint(face.grid(7, 1, 0.42, 0.84, (0.9, 1)), (58, 64, 66), shines=True)
@@ -103,6 +109,7 @@ def draw_bus(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.ran
             canvas.paint(face.patch(0.25, 0.75, 0.86, 0.96), (250, 170, 40), shines=True)
             _lamps(canvas, face, HEADLIGHT if side == "front" else TAILLIGHT, bottom=0.1, top=0.18)
     _wheels(canvas, faces, (2.4, 8.6), 0.48, "bus")
+    _tyres(canvas, faces, 0.3, "bus")
 
 
 def draw_tram(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.random.Generator) -> None:
@@ -110,7 +117,9 @@ def draw_tram(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.ra
     color = pick(rng, TRAM_PAINT)
     length, width = 16.0, 2.4
     _ground_shadow(canvas, place, length, width, yaw)
-    faces = canvas.box(place, (length, width, 3.0), color, "train", bottom=0.2, yaw=yaw, taper=(0.45, 0.45, 0.06))
+    faces = canvas.box(
+        place, (length, width, 3.0), color, "train", bottom=0.2, yaw=yaw, taper=(0.45, 0.45, 0.06)
+    )
     roof = (length * 0.8, width * 0.6, 0.35)
     canvas.box(place, roof, tint(color, 0.55), "train", bottom=3.2, yaw=yaw)
     for side, face in faces.items():
@@ -143,28 +152,35 @@ def _lamps(canvas: Canvas, face: Face, color: Color, bottom: float, top: float) 
     canvas.paint(np.stack(lamps), color, shines=True)
 
 
-def _wheels(canvas: Canvas, body: dict[str, Face], along: tuple[float, ...], radius: float, name: str) -> None:
+def _wheels(
+    canvas: Canvas, body: dict[str, Face], along: tuple[float, ...], radius: float, name: str
+) -> None:
     for side in ("left", "right"):
         if side not in body:
             continue
         face = body[side]
-        for distance in along:
-            across = distance if side == "right" else face.length - distance
-            canvas.paint(face.disc(across, radius, radius), RUBBER, name)
-            canvas.paint(face.disc(across, radius, radius * 0.55), (130, 132, 134))
+        middles = [distance if side == "right" else face.length - distance for distance in along]
+        canvas.paint(np.stack([face.disc(middle, radius, radius) for middle in middles]), RUBBER, name)
+        canvas.paint(
+            np.stack([face.disc(middle, radius, radius * 0.55) for middle in middles]), (130, 132, 134)
+        )
 
 
-def _tyres(
-    canvas: Canvas, place: tuple[float, float], length: float, width: float, yaw: float, name: str = "car"
+def _tyres(canvas: Canvas, body: dict[str, Face], clearance: float, name: str) -> None:
+    """The dark space under the near end of a vehicle, and its two tyres."""
+    for side in ("front", "rear"):
+        if side in body:
+            height = float(np.ptp(body[side].corners[:, 1]))
+            canvas.paint(
+                body[side].patch(0.06, 0.94, -0.55 * clearance / height, 0.02), tint(RUBBER, 0.7), name
+            )
+            tyres = [body[side].patch(left, left + 0.13, -clearance / height, 0.02) for left in (0.04, 0.83)]
+            canvas.paint(np.stack(tyres), RUBBER, name)
+
+
+def _ground_shadow(
+    canvas: Canvas, place: tuple[float, float], length: float, width: float, yaw: float
 ) -> None:
-    """What is seen of the wheels and the dark space under a vehicle from its end."""
-    canvas.box(place, (length - 0.5, width - 0.25, 0.35), RUBBER, name, bottom=0.16, yaw=yaw)
-    for side in (-1, 1):
-        offset = np.array([np.cos(yaw), -np.sin(yaw)]) * side * (width / 2 - 0.16)
-        canvas.box(_moved(place, offset), (length - 0.9, 0.24, 0.35), tint(RUBBER, 0.8), name, yaw=yaw)
-
-
-def _ground_shadow(canvas: Canvas, place: tuple[float, float], length: float, width: float, yaw: float) -> None:
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [width / 2 + 0.25, length / 2 + 0.3]
     turned = corners @ np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
     canvas.shadow(np.stack([turned[:, 0] + place[0], np.zeros(4), turned[:, 1] + place[1]], -1), 0.6)

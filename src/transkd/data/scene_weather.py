@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from transkd.data.scene_canvas import FAR, IGNORE, LABELS, Array, Canvas
+from transkd.data.scene_canvas import LABELS, Array, Canvas
 
 __all__ = ["WEATHER", "draw_sky"]
 
@@ -21,31 +21,32 @@ GRAIN = {"vegetation": 0.13, "terrain": 0.11, "building": 0.045, "wall": 0.07, "
 
 def draw_sky(canvas: Canvas, condition: str, rng: np.random.Generator) -> None:
     """A gradient with clouds behind everything."""
-    height, width = canvas.label.shape
+    width = canvas.label.shape[1]
     overhead, horizon = (np.array(color, np.float32) for color in SKIES[condition])
     down = np.linspace(0, 1, max(int(canvas.horizon) + 2, 2), dtype=np.float32)[:, None, None]
-    clouds = _soft_noise(rng, (len(down), width), cells=(4, 5)) + 0.5 * _soft_noise(rng, (len(down), width), cells=(9, 12))
+    shape = (len(down), width)
+    clouds = _soft_noise(rng, shape, cells=(4, 5)) + 0.5 * _soft_noise(rng, shape, cells=(9, 12))
     sky = overhead + (horizon - overhead) * down + 9 * clouds[..., None] * (1 - 0.6 * down)
-    canvas.image[: len(down)] = sky.clip(0, 255)[:height]
+    canvas.image[: len(down)] = sky.clip(0, 255)
 
 
 def fog(canvas: Canvas, rng: np.random.Generator) -> Array:
     """A veil that thickens with the distance."""
     image = _daylight(canvas, rng) * rng.uniform(0.78, 0.95)
-    image = _veiled(image, canvas, rng.uniform(25, 55), np.array([190, 193, 196]) * rng.uniform(0.88, 1.08))
+    image = _veiled(image, canvas, rng.uniform(25, 55), _rgb(190, 193, 196) * rng.uniform(0.88, 1.08))
     return image + 0.35 * _halo(canvas.light, 0.02)
 
 
 def night(canvas: Canvas, rng: np.random.Generator) -> Array:
     """Darkness with street lamps, lit windows and the own headlights."""
-    image = _daylight(canvas, rng) * (np.array([0.82, 0.9, 1.12]) * rng.uniform(0.15, 0.24))
-    columns = np.arange(image.shape[1]) - canvas.center
+    image = _daylight(canvas, rng) * (_rgb(0.82, 0.9, 1.12) * rng.uniform(0.22, 0.34))
+    columns = np.arange(image.shape[1], dtype=np.float32) - canvas.center
     beam = np.exp(-((columns / (0.33 * image.shape[1])) ** 2))[None] * np.exp(-canvas.depth / 16)
     beam[: int(canvas.horizon * 0.72)] *= 0.3
-    image *= 1 + 2.6 * beam[..., None] * np.array([1.0, 0.96, 0.84])
+    image *= 1 + 2.6 * beam[..., None] * _rgb(1.0, 0.96, 0.84)
     glow = 0.9 * _halo(canvas.light, 0.012) + 1.5 * _halo(canvas.light, 0.05)
     image += image * glow / 60 + 0.55 * glow  # light falls on what is near a lamp, and scatters in the air
-    return np.maximum(image, canvas.light) + rng.normal(0, 4.0, image.shape)
+    return np.maximum(image, canvas.light) + 4 * rng.standard_normal(image.shape, np.float32)
 
 
 def rain(canvas: Canvas, rng: np.random.Generator) -> Array:
@@ -53,26 +54,30 @@ def rain(canvas: Canvas, rng: np.random.Generator) -> Array:
     image = _daylight(canvas, rng)
     grey = image.mean(-1, keepdims=True)
     image = (grey + 0.72 * (image - grey)) * rng.uniform(0.58, 0.75)
-    image = _veiled(image, canvas, rng.uniform(90, 160), np.array([150, 155, 160]))
+    image = _veiled(image, canvas, rng.uniform(90, 160), _rgb(150, 155, 160))
     image = np.maximum(image, 0.9 * canvas.light) + 0.5 * _halo(canvas.light, 0.02)
     image = _mirrored_in_road(image, canvas, rng)
     streaks = _streaks(image.shape[:2], rng)
-    return image + streaks[..., None] * (225 - image)
+    return np.asarray(image + streaks[..., None] * (225 - image))
 
 
 def snow(canvas: Canvas, rng: np.random.Generator) -> Array:
     """White ground and roofs under falling flakes."""
     image = _daylight(canvas, rng)
     cover = _snow_cover(canvas, rng)[..., None]
-    image += cover * (np.array([232, 236, 242]) * rng.uniform(0.93, 1.02) - image)
-    image = _veiled(image, canvas, rng.uniform(60, 120), np.array([206, 211, 218]))
+    image += cover * (_rgb(232, 236, 242) * rng.uniform(0.93, 1.02) - image)
+    image = _veiled(image, canvas, rng.uniform(60, 120), _rgb(206, 211, 218))
     image += 0.25 * _halo(canvas.light, 0.02)
     flakes = _flakes(image.shape[:2], rng)
-    return image + flakes[..., None] * (246 - image)
+    return np.asarray(image + flakes[..., None] * (246 - image))
 
 
 WEATHER = {"fog": fog, "night": night, "rain": rain, "snow": snow}
-"""Condition to the function that gives the finished picture, float [H, W, 3] in 0–255."""
+"""Condition to the function that gives the finished picture, float [H, W, 3] from 0 to 255."""
+
+
+def _rgb(*channels: float) -> Array:
+    return np.array(channels, np.float32)
 
 
 def _daylight(canvas: Canvas, rng: np.random.Generator) -> Array:
@@ -81,7 +86,7 @@ def _daylight(canvas: Canvas, rng: np.random.Generator) -> Array:
     rough = np.full(256, 0.03, np.float32)
     for name, strength in GRAIN.items():
         rough[LABELS[name]] = strength
-    noise = rng.normal(0, 0.7, shape).astype(np.float32) + 0.6 * _soft_noise(rng, shape, cells=(24, 40))
+    noise = 0.7 * rng.standard_normal(shape, np.float32) + 0.6 * _soft_noise(rng, shape, cells=(24, 40))
     image = canvas.image * (1 + rough[canvas.label] * noise)[..., None]
     return np.asarray(image * rng.uniform(0.94, 1.06, 3).astype(np.float32))
 
@@ -113,19 +118,28 @@ def _mirrored_in_road(image: Array, canvas: Canvas, rng: np.random.Generator) ->
 def _snow_cover(canvas: Canvas, rng: np.random.Generator) -> Array:
     """How much of each pixel is white, 0–1."""
     label, depth = canvas.label, canvas.depth
-    height, _ = label.shape
     lying = np.zeros(256, np.float32)
-    for name, share in (("terrain", 0.93), ("sidewalk", 0.62), ("road", 0.3), ("vegetation", 0.22)):
+    for name, share in (("terrain", 0.95), ("sidewalk", 0.72), ("road", 0.48), ("vegetation", 0.3)):
         lying[LABELS[name]] = share
-    uneven = 1 + 0.35 * _soft_noise(rng, label.shape, cells=(16, 22))
-    cover = lying[label] * uneven
-    # Snow caps whatever has something much farther away right above it.
-    catches = ~np.isin(label, [LABELS[name] for name in ("sky", "person", "rider", "road", "sidewalk")] + [IGNORE])
+    uneven = 1 + 0.12 * _soft_noise(rng, label.shape, cells=(30, 24))
+    columns = np.arange(label.shape[1], dtype=np.float32) - canvas.center
+    x = columns * depth / canvas.focal - canvas.bend / 2 * depth**2
+    tracks = 0.2 * np.cos(x * 2 * np.pi / 1.65) * (label == LABELS["road"])  # driven bare by the wheels
+    cover = lying[label] * uneven + tracks
+    cover[_catches_snow(canvas)] = 0.92
+    return np.asarray(cover.clip(0, 0.96))
+
+
+def _catches_snow(canvas: Canvas) -> Array:
+    """Where something much farther away is seen right above: roofs, copings, bonnets and crowns."""
+    height = len(canvas.label)
+    bare = [LABELS[name] for name in ("sky", "person", "rider", "road", "sidewalk", "ignore")]
+    caps = np.zeros(canvas.label.shape, bool)
     for rows in sorted({max(1, height // 110), max(1, height // 55)}):
-        thick_enough = canvas.focal * 0.22 / depth >= rows - 0.8
-        above = np.vstack([np.full((rows, depth.shape[1]), FAR), depth[:-rows]])
-        cover[catches & thick_enough & (above > depth * 1.15 + 1)] = 0.92
-    return cover.clip(0, 0.96)
+        above = np.vstack([canvas.depth[:rows], canvas.depth[:-rows]])
+        thick_enough = canvas.focal * 0.22 / canvas.depth >= rows - 0.8
+        caps |= thick_enough & (above > canvas.depth * 1.15 + 1)
+    return caps & ~np.isin(canvas.label, bare)
 
 
 def _streaks(shape: tuple[int, int], rng: np.random.Generator) -> Array:

@@ -1,7 +1,12 @@
 """Drawn, labelled road scenes: a data set for demonstrations and tests that needs no download.
 
-A scene is a street as a car's camera sees it, with all 19 classes of Cityscapes, in fog, at night, in rain or in snow.
-``write_road_scenes`` lays a set of them out as ACDC does, so that everything that reads ACDC reads them.
+A scene is a street as a car's camera sees it, with all 19 classes of Cityscapes, in fog, at night, in rain
+or in snow. ``write_road_scenes`` lays a set of them out as ACDC does, so that what reads ACDC reads them.
+
+How a scene comes about: ``scene_ground`` plans a street and paints its ground, ``scene_street`` says who and
+what is where, ``scene_vehicles``, ``scene_people`` and ``scene_roadside`` draw one object a function,
+``scene_canvas`` puts their shapes into picture, labels and depth, and ``scene_weather`` turns these into the
+picture that a camera would take.
 """
 
 import json
@@ -14,10 +19,12 @@ from typing import Any
 import cv2
 import numpy as np
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 
 from transkd.data.scene_canvas import IGNORE, Array, Canvas, pick
-from transkd.data.scene_street import draw_ground, draw_street, plan_street
+from transkd.data.scene_ground import draw_ground, plan_street
+from transkd.data.scene_street import draw_street
 from transkd.data.scene_weather import WEATHER, draw_sky
 from transkd.errors import UserError
 
@@ -39,8 +46,8 @@ def draw_scene(rng: np.random.Generator, height: int, width: int, condition: str
         condition: one of ``CONDITIONS``.
 
     Returns:
-        The picture, uint8 RGB [height, width, 3], and its labels, uint8 [height, width]: train ids of Cityscapes, and 255
-        on the camera car's own bonnet.
+        The picture, uint8 RGB [height, width, 3], and its labels, uint8 [height, width]: train ids of
+        Cityscapes, and 255 on the camera car's own bonnet.
 
     Example:
         >>> image, label = draw_scene(np.random.default_rng(0), 64, 128, "snow")
@@ -56,7 +63,7 @@ def draw_scene(rng: np.random.Generator, height: int, width: int, condition: str
     draw_street(canvas, street, rng)
     if rng.random() < 0.6:
         _draw_bonnet(canvas, rng)
-    image = WEATHER[condition](canvas, rng) + rng.normal(0, 2.0, canvas.image.shape)
+    image = WEATHER[condition](canvas, rng) + 2 * rng.standard_normal(canvas.image.shape, np.float32)
     return image.clip(0, 255).astype(np.uint8), canvas.label
 
 
@@ -68,7 +75,8 @@ def _draw_bonnet(canvas: Canvas, rng: np.random.Generator) -> None:
     color = np.array(pick(rng, [(36, 38, 42), (70, 72, 76), (28, 34, 50)]), float)
     for ring in range(6):  # lighter towards the windscreen, where the sky is mirrored
         shrunk = (axes[0], round(axes[1] * (1 - 0.09 * ring)))
-        cv2.ellipse(canvas.image, middle, shrunk, 0, 0, 360, (color * (0.75 + 0.12 * ring)).tolist(), -1, cv2.LINE_AA)
+        shade = (color * (0.75 + 0.12 * ring)).tolist()
+        cv2.ellipse(canvas.image, middle, shrunk, 0, 0, 360, shade, -1, cv2.LINE_AA)
     for layer, value in ((canvas.label, IGNORE), (canvas.depth, 2), (canvas.light, (0, 0, 0))):
         cv2.ellipse(layer, middle, axes, 0, 0, 360, value, -1)
 
@@ -78,8 +86,8 @@ def write_road_scenes(
 ) -> Path:
     """Draw a data set once, in ACDC's folder layout, spread evenly over the four conditions.
 
-    Each picture depends on the seed, its split and its index alone. The set is drawn into a temporary folder beside
-    ``root`` and moved there when complete; a later call with the same settings returns at once.
+    Each picture depends on the seed, its split and its index alone. The set is drawn into a temporary folder
+    beside ``root`` and moved there when complete; a later call with the same settings returns at once.
 
     Args:
         root: folder of the set; must be new, empty or drawn earlier with the same settings.
@@ -93,7 +101,7 @@ def write_road_scenes(
         ``root`` as a path.
 
     Raises:
-        UserError: for impossible settings, and where ``root`` holds anything else, which is never overwritten.
+        UserError: for impossible settings, and where ``root`` holds anything else; nothing is overwritten.
 
     Example:
         >>> import tempfile
@@ -121,7 +129,15 @@ def write_road_scenes(
 
 def _draw_split(root: Path, split: str, count: int, settings: dict[str, int]) -> None:
     sequence = f"DRAWN{SPLITS.index(split) + 1:04d}"
-    for index in track(range(count), f"Drawing {split} scenes", transient=True, disable=count == 0):
+    console = Console(stderr=True)
+    indices = track(
+        range(count),
+        f"Drawing {split} scenes",
+        transient=True,
+        console=console,
+        disable=not console.is_terminal,
+    )
+    for index in indices:
         condition = CONDITIONS[index % len(CONDITIONS)]
         rng = np.random.default_rng([settings["seed"], SPLITS.index(split), index])
         image, label = draw_scene(rng, settings["height"], settings["width"], condition)

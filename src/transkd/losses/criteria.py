@@ -42,9 +42,9 @@ def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
     """Compare maps at full size and average-pooled to 4×4, 2×2 and 1×1.
 
-    With E_0 the mean squared error at full size and E_1, E_2, … those of the pooled levels from fine to
-    coarse: ``Σ_j 2^-j E_j / Σ_j 2^-j``. A level that is not smaller than the map's shorter side is left out, and the
-    weights of the others start again from 1/2.
+    ``Σ_j 2^-j E_j / Σ_j 2^-j``, with E_0 the mean squared error at full size and E_1, E_2, … those of the
+    pooled levels from fine to coarse. A level that is not smaller than the map's shorter side is left out,
+    and the weights of the others start again from 1/2.
 
     Source: ReviewKD, arXiv 2104.09044, section 3.3.
 

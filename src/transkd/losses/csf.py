@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from transkd.errors import UserError
 from transkd.losses._checks import paired_channels, stage_pairs
-from transkd.losses.criteria import map_criterion
+from transkd.losses.criteria import map_criterion, widen
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["CSFLoss"]
@@ -27,8 +27,8 @@ class CSFLoss(nn.Module):
         R_i = p·X_i + q·U       (the deepest stage: R = X)
         loss = Σ_i criterion(BN(conv3x3(R_i)), teacher's F_i)
 
-    A map whose size differs from the teacher's is resized to it bilinearly, which is logged once. With a batch
-    of one, the normalisation of z sees a single value per channel, so it uses its running statistics.
+    A map whose size differs from the teacher's is resized to it bilinearly, which is logged once. With a
+    batch of one, the normalisation of z sees a single value per channel, so it uses its running statistics.
 
     Source: TransKD, arXiv 2202.13393, its section on Cross Selective Fusion.
 
@@ -43,8 +43,8 @@ class CSFLoss(nn.Module):
         Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not read.
 
     Raises:
-        UserError: an unknown criterion; stages or channels other than those given; in training, a batch of one
-            with a 1×1 map.
+        UserError: an unknown criterion; stages or channels other than those given; in training, a batch of
+            one with a 1×1 map.
 
     Example:
         >>> def output(widths):
@@ -103,14 +103,14 @@ class CSFLoss(nn.Module):
         if fused.shape[-2:] == teacher.shape[-2:]:
             return fused
         if not self._told_of_resizing:
-            logger.info(
+            logger.warning(
                 "CSFLoss: stage sizes differ (student %s, teacher %s, height and width); "
                 "the student's maps are resized bilinearly to the teacher's.",
                 tuple(fused.shape[-2:]),
                 tuple(teacher.shape[-2:]),
             )
             self._told_of_resizing = True
-        return F.interpolate(fused, size=teacher.shape[-2:], mode="bilinear", align_corners=False)
+        return F.interpolate(widen(fused), size=teacher.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class _FusionStage(nn.Module):
@@ -145,7 +145,7 @@ class _FusionStage(nn.Module):
         pooled = (reduced + residual).mean(dim=(2, 3), keepdim=True)
         squeezed = _squeeze(self.squeeze, pooled)
         scores = torch.stack((self.student_branch(squeezed), self.residual_branch(squeezed)))
-        keep, take = scores.softmax(0)
+        keep, take = scores.softmax(0).unbind()
         return keep * reduced + take * residual
 
 

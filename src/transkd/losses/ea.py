@@ -19,7 +19,8 @@ class EALoss(nn.Module):
     """Help the student's patch embeddings with a second embedding at the teacher's width before comparing.
 
     ``Σ_i w_i · MSE(u_i · Linear_i(E_i) + v_i · M_i, E_i^t)``, where M_1 embeds the image (7×7, stride 4) and
-    M_i the student's features of stage i − 1 (3×3, stride 2). u and v are learnt, from 0.1, 0.2, … and 0.5, 0.6, …
+    M_i the student's features of stage i − 1 (3×3, stride 2). u and v are learnt; they start at 0.1, 0.2, …
+    and 0.5, 0.6, …
 
     Source: TransKD, arXiv 2202.13393, its section on the Embedding Assistant.
 
@@ -106,5 +107,6 @@ def _check_grid(stage: int, grid: tuple[int, int], tokens: int) -> None:
     if grid[0] * grid[1] != tokens:
         raise UserError(
             f"EALoss assists students with strides 4, 8, 16, 32: at stage {stage} it makes "
-            f"{grid[0]} x {grid[1]} tokens, but the student has {tokens}. Choose such a student, or the term pea."
+            f"{grid[0]} x {grid[1]} tokens, but the student has {tokens}. "
+            "Choose such a student, or the term pea."
         )

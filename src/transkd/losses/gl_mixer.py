@@ -18,8 +18,8 @@ class GLMixerLoss(nn.Module):
     """Mix the student's patch embedding E globally and locally before comparing it with the teacher's.
 
     ``MSE(Linear(α · Attn(E) + β · GLU(E) (+ E)), E^t)``: Attn is multi-head self-attention over all tokens,
-    GLU is ``conv(E) · sigmoid(conv(E))`` with 1-d convolutions of width 3 along the tokens in raster order, and
-    α and β are learnt, from 0.5 on.
+    GLU is ``conv(E) · sigmoid(conv(E))`` with 1-d convolutions of width 3 along the tokens in raster
+    order, and α and β are learnt; they start at 0.5.
 
     Source: TransKD, arXiv 2202.13393, its section on the Global-Local Context Mixer.
 

@@ -31,10 +31,10 @@ RENAMED = (
     (re.compile(r"conv2\.(weight|bias)"), "gl_mixer", r"gate.\1"),
     (re.compile(r"atten_weight"), "gl_mixer", r"alpha"),
     (re.compile(r"conv_weight"), "gl_mixer", r"beta"),
-    (re.compile(r"patch_embed(\d)\.(.+)"), "ea", r"assistants.\1.\2"),
 )
 FUSION = re.compile(r"skfs\.(\d)\.(\w+\.\d)\.(.+)")
 PROJECTION = re.compile(r"embed(\d)_linearproject\.(weight|bias)")
+ASSISTANT = re.compile(r"patch_embed(\d)\.(.+)")
 SHARE = re.compile(r"fuse_weights\.(\d)")
 
 
@@ -82,8 +82,11 @@ def _place(name: str, names: Mapping[str, Tensor]) -> tuple[str, str]:
     if (match := FUSION.fullmatch(name)) and match[2] in FUSION_LAYERS:
         deepest = 1 + max(int(found[1]) for other in names if (found := FUSION.fullmatch(other)))
         return "csf", f"stages.{deepest - int(match[1])}.{FUSION_LAYERS[match[2]]}.{match[3]}"
+    assisted = any(SHARE.fullmatch(other) for other in names)
+    if assisted and (match := ASSISTANT.fullmatch(name)):
+        return "ea", f"assistants.{match[1]}.{match[2]}"
     if match := PROJECTION.fullmatch(name):
-        if any(SHARE.fullmatch(other) for other in names):
+        if assisted:
             return "ea", f"projections.{match[1]}.{match[2]}"
         if match[1] == "4" and any(other.startswith("attn4.") for other in names):
             return "gl_mixer", f"projection.{match[2]}"
