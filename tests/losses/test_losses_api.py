@@ -19,6 +19,7 @@ HEAVY = (
 def test_public_names():
     assert set(transkd.losses.__all__) == {
         "CSFLoss",
+        "CWDLoss",
         "Criterion",
         "CriterionOutput",
         "EALoss",

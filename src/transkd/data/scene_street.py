@@ -29,7 +29,7 @@ VEHICLES = (("car", CAR_LENGTH), ("truck", 8.0), ("bus", 11.0), ("motorcycle", 2
 VEHICLE_SHARES = (0.36, 0.17, 0.2, 0.15, 0.12)
 
 Thing = tuple[float, Callable[[], None]]
-"""Something to draw: its depth, and the function that draws it."""
+"""Something to draw: its distance, which decides the order, and the function that draws it."""
 
 
 def draw_street(canvas: Canvas, street: Street, rng: np.random.Generator) -> None:
@@ -65,8 +65,8 @@ def _frontage(canvas: Canvas, verge: Verge, rng: np.random.Generator) -> list[Th
     built_up = rng.uniform(0.3, 0.75)
     while near < STREET_END:
         length = rng.uniform(8, 18)
-        draw = draw_building if rng.random() < built_up else None
-        if draw is None:
+        draw = draw_building
+        if rng.random() > built_up:
             draw = (draw_wall, draw_fence, draw_hedge)[int(rng.choice(3, p=(0.38, 0.45, 0.17)))]
             things += _garden(canvas, verge, near, length, rng)
         things.append(_thing(near, draw, canvas, verge.side, verge.front, near, length - 0.02, rng=rng))
@@ -100,12 +100,16 @@ def _traffic(canvas: Canvas, street: Street, rng: np.random.Generator) -> list[T
             kind, length = VEHICLES[int(rng.choice(len(VEHICLES), p=VEHICLE_SHARES))]
             near = _clear_of_crossing(street, near, length)
             place = (lane + rng.uniform(-0.25, 0.25), near + length / 2)
-            things.append(_thing(near, _draw_vehicle, canvas, kind, place, heading, rng=rng))
+            things.append(_thing(_distance(lane, near), _draw_vehicle, canvas, kind, place, heading, rng=rng))
             near += length + rng.uniform(4, 22)
     if street.track is not None and rng.random() < 0.9:
         near = _clear_of_crossing(street, rng.uniform(7, 32), 16)
         heading = AWAY if rng.random() < 0.5 else TOWARDS
-        things.append(_thing(near, draw_tram, canvas, (street.track, near + 8), heading, rng=rng))
+        things.append(
+            _thing(
+                _distance(street.track, near), draw_tram, canvas, (street.track, near + 8), heading, rng=rng
+            )
+        )
     return things
 
 
@@ -135,7 +139,7 @@ def _walkers(canvas: Canvas, street: Street, rng: np.random.Generator) -> list[T
             continue
         for _ in range(int(rng.integers(2, 6))):
             place = (walk + rng.uniform(-0.8, 0.8), _spread_depth(rng, 7, 45))
-            things.append(_thing(place[1], draw_person, canvas, place, rng=rng))
+            things.append(_thing(_distance(*place), draw_person, canvas, place, rng=rng))
         if rng.random() < 0.8:
             things += _bike_stand(canvas, walk, rng)
     if street.crossing is not None:
@@ -143,10 +147,12 @@ def _walkers(canvas: Canvas, street: Street, rng: np.random.Generator) -> list[T
         for _ in range(int(rng.integers(2, 6))):
             place = (rng.uniform(-left.curb, right.curb), street.crossing + rng.uniform(0.4, 2.6))
             if rng.random() < 0.5:
-                things.append(_thing(place[1], draw_person, canvas, place, rng=rng))
+                things.append(_thing(_distance(*place), draw_person, canvas, place, rng=rng))
             else:
                 yaw, motor = float(rng.choice([-1, 1])) * np.pi / 2, bool(rng.random() < 0.4)
-                things.append(_thing(place[1], draw_two_wheeler, canvas, place, yaw, motor=motor, rng=rng))
+                things.append(
+                    _thing(_distance(*place), draw_two_wheeler, canvas, place, yaw, motor=motor, rng=rng)
+                )
     return things
 
 
@@ -154,19 +160,12 @@ def _bike_stand(canvas: Canvas, walk: float, rng: np.random.Generator) -> list[T
     """A few bicycles or motorcycles left on the sidewalk."""
     motor, depth = bool(rng.random() < 0.4), _spread_depth(rng, 8, 20)
     yaw = float(np.sign(-walk)) * np.pi / 2 + rng.uniform(-0.4, 0.4)
-    return [
-        _thing(
-            depth + 1.1 * index,
-            draw_two_wheeler,
-            canvas,
-            (walk + rng.uniform(-0.2, 0.2), depth + 1.1 * index),
-            yaw,
-            motor=motor,
-            ridden=False,
-            rng=rng,
-        )
-        for index in range(int(rng.integers(1, 5)))
-    ]
+    things = []
+    for index in range(int(rng.integers(1, 5))):
+        place = (walk + rng.uniform(-0.2, 0.2), depth + 1.1 * index)
+        options = {"motor": motor, "ridden": False}
+        things.append(_thing(_distance(*place), draw_two_wheeler, canvas, place, yaw, rng=rng, **options))
+    return things
 
 
 def _furniture(canvas: Canvas, street: Street, verge: Verge, rng: np.random.Generator) -> list[Thing]:
@@ -174,19 +173,23 @@ def _furniture(canvas: Canvas, street: Street, verge: Verge, rng: np.random.Gene
     things: list[Thing] = []
     edge = verge.side * (verge.curb + 0.4)
     for depth in np.arange(rng.uniform(9, 18), 70, rng.uniform(16, 26)):
-        things.append(_thing(depth, draw_street_lamp, canvas, (edge, float(depth)), rng=rng))
+        things.append(
+            _thing(_distance(edge, float(depth)), draw_street_lamp, canvas, (edge, float(depth)), rng=rng)
+        )
     for _ in range(int(rng.integers(1, 4))):
         place = (edge + 0.2 * verge.side, _spread_depth(rng, 8, 36))
-        things.append(_thing(place[1], draw_sign, canvas, place, rng=rng))
+        things.append(_thing(_distance(*place), draw_sign, canvas, place, rng=rng))
     lights_at = street.crossing - 0.8 if street.crossing is not None else _spread_depth(rng, 14, 40)
     if street.crossing is not None or rng.random() < 0.4:
-        things.append(_thing(lights_at, draw_traffic_light, canvas, (edge, lights_at), rng=rng))
+        things.append(
+            _thing(_distance(edge, lights_at), draw_traffic_light, canvas, (edge, lights_at), rng=rng)
+        )
     grass = verge.middle_of("terrain")
     if grass is not None:
         for _ in range(int(rng.integers(1, 6))):
             place = (grass + rng.uniform(-0.3, 0.3), _spread_depth(rng, 9, 70))
             draw = draw_tree if rng.random() < 0.6 else draw_bush
-            things.append(_thing(place[1], draw, canvas, place, rng=rng))
+            things.append(_thing(_distance(*place), draw, canvas, place, rng=rng))
     return things
 
 
@@ -198,9 +201,14 @@ def _parked(canvas: Canvas, street: Street, verge: Verge, rng: np.random.Generat
     while verge.parked and near < 50:
         near = _clear_of_crossing(street, near, CAR_LENGTH)
         place = (verge.side * (verge.curb - PARKING / 2), near + CAR_LENGTH / 2)
-        things.append(_thing(near, draw_car, canvas, place, heading, rng=rng))
+        things.append(_thing(_distance(place[0], near), draw_car, canvas, place, heading, rng=rng))
         near += CAR_LENGTH + (rng.uniform(0.8, 2) if rng.random() < 0.7 else rng.uniform(7, 16))
     return things
+
+
+def _distance(x: float, near: float) -> float:
+    """Order of drawing: beside a long vehicle, what is farther aside is hidden although it starts nearer."""
+    return near + 0.7 * abs(x)
 
 
 def _spread_depth(rng: np.random.Generator, near: float, far: float) -> float:
@@ -209,7 +217,7 @@ def _spread_depth(rng: np.random.Generator, near: float, far: float) -> float:
 
 
 def _thing(
-    depth: float, draw: Callable[..., None], *args: object, rng: np.random.Generator, **options: object
+    distance: float, draw: Callable[..., None], *args: object, rng: np.random.Generator, **options: object
 ) -> Thing:
     """Postpone a drawing until its turn comes."""
-    return float(depth), lambda: draw(*args, rng=rng, **options)
+    return distance, lambda: draw(*args, rng=rng, **options)

@@ -42,7 +42,7 @@ def night(canvas: Canvas, rng: np.random.Generator) -> Array:
     image = _daylight(canvas, rng) * (_rgb(0.82, 0.9, 1.12) * rng.uniform(0.22, 0.34))
     columns = np.arange(image.shape[1], dtype=np.float32) - canvas.center
     beam = np.exp(-((columns / (0.33 * image.shape[1])) ** 2))[None] * np.exp(-canvas.depth / 16)
-    beam[: int(canvas.horizon * 0.72)] *= 0.3
+    beam *= np.clip(np.arange(len(beam), dtype=np.float32) / canvas.horizon, 0.2, 1)[:, None]  # dipped
     image *= 1 + 2.6 * beam[..., None] * _rgb(1.0, 0.96, 0.84)
     glow = 0.9 * _halo(canvas.light, 0.012) + 1.5 * _halo(canvas.light, 0.05)
     image += image * glow / 60 + 0.55 * glow  # light falls on what is near a lamp, and scatters in the air

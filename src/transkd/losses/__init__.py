@@ -9,12 +9,14 @@ from transkd.losses.criteria import channel_kl, hierarchical_context, spatial_kl
 from transkd.losses.criterion import Criterion, CriterionOutput
 from transkd.losses.cross_entropy import TaskCrossEntropy
 from transkd.losses.csf import CSFLoss
+from transkd.losses.cwd import CWDLoss
 from transkd.losses.ea import EALoss
 from transkd.losses.gl_mixer import GLMixerLoss
 from transkd.losses.pea import PEALoss
 
 __all__ = [
     "CSFLoss",
+    "CWDLoss",
     "Criterion",
     "CriterionOutput",
     "EALoss",
