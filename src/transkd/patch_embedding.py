@@ -2,14 +2,13 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["OverlapPatchEmbedding", "init_vision_weights"]
 
 
 class OverlapPatchEmbedding(nn.Module):
-    """Strided convolution whose windows overlap, then LayerNorm over the channels (SegFormer, arXiv 2105.15203, section 3.1).
+    """Strided convolution whose windows overlap, then LayerNorm over the channels (arXiv 2105.15203, section 3.1).
 
     Args:
         in_channels: channels of the input map.

@@ -27,8 +27,9 @@ def find_images(pattern: str) -> tuple[Path, list[Path]]:
     if path.is_dir():
         base, found = path, path.rglob("*")
     else:
-        fixed = [part for part in path.parts[: next((i for i, p in enumerate(path.parts) if "*" in p), 0)]]
-        base = Path(*fixed)
+        base = path
+        while "*" in str(base):
+            base = base.parent
         found = base.glob(str(path.relative_to(base)))
     images = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
@@ -82,7 +83,11 @@ def predict(cfg: "DictConfig") -> None:
         ids = segment(network, image, transform)
         colours = colourise(ids, card["palette"])
         name = path.relative_to(base).with_suffix(".png")
-        for folder, pixels in (("ids", ids), ("colour", colours), ("overlay", overlay(image, colours, cfg.opacity))):
+        for folder, pixels in (
+            ("ids", ids),
+            ("colour", colours),
+            ("overlay", overlay(image, colours, cfg.opacity)),
+        ):
             save_image(pixels, Path(cfg.output) / folder / name)
     print(f"{len(images) - len(failed)} of {len(images)} images segmented into {cfg.output}/{{ids,colour,overlay}}")
     if failed:

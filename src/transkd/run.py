@@ -20,6 +20,7 @@ from transkd.cli import save_resolved
 from transkd.data import SegmentationDataModule
 from transkd.distiller import Distiller
 from transkd.errors import UserError
+from transkd.files import write_atomically
 from transkd.losses import Criterion
 from transkd.metrics import PROTOCOLS, Scores
 from transkd.models import FrozenTeacher, Segmenter, load_segmenter, load_weights, save_segmenter
@@ -43,7 +44,7 @@ def run(cfg: DictConfig) -> None:
     data: SegmentationDataModule = instantiate(cfg.data)
     student: Segmenter = instantiate(cfg.student.network)  # before the teacher: its start must not depend on one
     criterion, teacher_network = build_criterion(cfg, student)
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:
         save_resolved(cfg, run_dir / "config.yaml")
         data.prepare_data()
     data.dataset("train"), data.dataset("val")  # a mistake in the data shows here, before anything long
@@ -71,7 +72,7 @@ def run(cfg: DictConfig) -> None:
                 **describe_scores(teacher_scores, cfg.protocol, classes.names),
             },
             "name": cfg.name,
-            "terms": {name: weight for name, weight in criterion.weights.items()},
+            "terms": criterion.weights,
             "seed": cfg.seed,
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
@@ -163,7 +164,7 @@ def build_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
 
 def fit(trainer: L.Trainer, distiller: Distiller, data: SegmentationDataModule, ckpt_path: str | None = None) -> None:
     """Train to the end, or stop with a word on how to go on."""
-    trainer.fit(distiller, datamodule=data, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
+    trainer.fit(distiller, datamodule=data, ckpt_path=ckpt_path)
     if trainer.interrupted:
         raise UserError(f"interrupted at epoch {trainer.current_epoch}; go on with ckpt_path=last")
 
@@ -208,7 +209,11 @@ def fit_teacher(cfg: DictConfig, network: Segmenter, data: SegmentationDataModul
     distiller = Distiller(network, task, data.classes, **training_settings(cfg))
     progress = [instantiate(cfg.callbacks.progress)] if "progress" in cfg.callbacks else []
     trainer = build_trainer(
-        cfg, max_epochs=cfg.teacher.fit.max_epochs, callbacks=progress, logger=False, enable_checkpointing=False
+        cfg,
+        max_epochs=cfg.teacher.fit.max_epochs,
+        callbacks=progress,
+        logger=False,
+        enable_checkpointing=False,
     )
     fit(trainer, distiller, data)
     if trainer.is_global_zero:
@@ -254,7 +259,9 @@ def describe_scores(scores: Scores | None, protocol: str, names: tuple[str, ...]
     """Scores as JSON holds them: fractions, None for a class that never occurs."""
     if scores is None:
         return {}
-    iou = {name: None if value.isnan() else round(value.item(), 6) for name, value in zip(names, scores.iou, strict=True)}
+    iou = {
+        name: None if value.isnan() else round(value.item(), 6) for name, value in zip(names, scores.iou, strict=True)
+    }
     return {
         "protocol": protocol,
         "protocol_description": PROTOCOLS[protocol].description,
@@ -271,13 +278,17 @@ def serialise(transform: Any) -> dict[str, Any] | None:
 
 def write_results(results: dict[str, Any], run_dir: Path) -> None:
     """Write ``results.json``."""
-    (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_atomically(run_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
 
 
 def quiet_lightning() -> None:
     """Leave out what Lightning says at every start, and warnings that concern no user of ours."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in (".*treespec, LeafSpec.*", ".*does not have many workers.*", ".*smaller than the logging interval.*"):
+    for text in (
+        ".*treespec, LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+    ):
         warnings.filterwarnings("ignore", text)
 
 
@@ -291,5 +302,14 @@ def versions() -> dict[str, str]:
     import albumentations
     import timm
 
-    modules = {"transkd": transkd, "torch": torch, "lightning": L, "timm": timm, "albumentations": albumentations}
-    return {"python": platform.python_version(), **{name: module.__version__ for name, module in modules.items()}}
+    modules = {
+        "transkd": transkd,
+        "torch": torch,
+        "lightning": L,
+        "timm": timm,
+        "albumentations": albumentations,
+    }
+    return {
+        "python": platform.python_version(),
+        **{name: module.__version__ for name, module in modules.items()},
+    }

@@ -14,7 +14,7 @@ from transkd.data.synthetic import CONDITIONS, draw_scene, write_road_scenes
 from transkd.errors import UserError
 
 Array = npt.NDArray[np.uint8]
-SMALL = {"train": 4, "val": 4, "height": 32, "width": 64}
+SMALL = {"train": 4, "val": 1, "height": 32, "width": 64}
 
 
 def draw(condition: str, *seed: int, size: tuple[int, int] = (96, 192)) -> tuple[Array, Array]:
@@ -60,8 +60,10 @@ def test_condition_changes_the_picture_and_never_the_street(scenes):
             assert (image != street[0][0]).any()
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (97, 191), (64, 256), (120, 60)])
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize(
+    ("condition", "size"),
+    [("fog", (32, 32)), ("night", (33, 47)), ("rain", (97, 191)), ("snow", (64, 256)), ("rain", (120, 60))],
+)
 def test_sizes_and_types(condition, size):
     image, label = draw(condition, 1, size=size)
     assert image.shape == (*size, 3)
@@ -118,7 +120,7 @@ def test_layout_is_acdcs(tmp_path):
     root = write_road_scenes(tmp_path / "drawn", **SMALL)
     assert root == tmp_path / "drawn"
     images = sorted((root / "rgb_anon").rglob("*.png"))
-    assert len(images) == 8
+    assert len(images) == len(list((root / "gt").rglob("*.png"))) == 5
     for image in images:
         condition, split, sequence, name = image.relative_to(root / "rgb_anon").parts
         assert name.startswith(f"{sequence}_frame_")
@@ -126,18 +128,17 @@ def test_layout_is_acdcs(tmp_path):
         assert Image.open(image).size == Image.open(label).size == (64, 32)
         assert Image.open(image).mode == "RGB"
         assert Image.open(label).mode == "L"
-    assert len(list((root / "gt").rglob("*.png"))) == 8
     for condition in CONDITIONS:
         assert len(list((root / "rgb_anon" / condition / "train").rglob("*.png"))) == 1
-        assert len(list((root / "rgb_anon" / condition / "val").rglob("*.png"))) == 1
+    assert (root / "rgb_anon" / "fog" / "val" / "DRAWN0002" / "DRAWN0002_frame_000000_rgb_anon.png").is_file()
 
 
 def test_each_picture_depends_on_its_index_alone(tmp_path):
-    few = contents(write_road_scenes(tmp_path / "few", **{**SMALL, "train": 1, "val": 4}))
+    few = contents(write_road_scenes(tmp_path / "few", **{**SMALL, "train": 2}))
     more = contents(write_road_scenes(tmp_path / "more", **SMALL))
-    other = contents(write_road_scenes(tmp_path / "other", **SMALL, seed=1))
+    other = contents(write_road_scenes(tmp_path / "other", **{**SMALL, "train": 2}, seed=1))
     pictures = [name for name in few if name.endswith(".png")]
-    assert len(pictures) == 10
+    assert len(pictures) == 6
     assert all(few[name] == more[name] for name in pictures)
     assert all(other[name] != more[name] for name in pictures)
     train, val = (next(p for n, p in more.items() if f"rgb_anon/fog/{s}" in n) for s in ("train", "val"))

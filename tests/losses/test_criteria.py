@@ -108,9 +108,7 @@ def test_shared_behaviour(criterion):
     value.backward()
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None
-    assert torch.autograd.gradcheck(
-        lambda maps: criterion(maps, teacher.detach()), (student,), fast_mode=True
-    )
+    assert torch.autograd.gradcheck(lambda maps: criterion(maps, teacher.detach()), (student,), fast_mode=True)
 
 
 @pytest.mark.parametrize("criterion", [*MAP_CRITERIA, mean_squared_error])

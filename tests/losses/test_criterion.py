@@ -64,9 +64,7 @@ def test_needs_nothing_when_only_the_task_is_left():
 
 
 def test_needs_are_joined():
-    held = criterion(
-        csf=(CSFLoss(**CHANNELS), 1), pea=(PEALoss(**CHANNELS), 1), kd=(Constant(1, {"logits"}), 1)
-    )
+    held = criterion(csf=(CSFLoss(**CHANNELS), 1), pea=(PEALoss(**CHANNELS), 1), kd=(Constant(1, {"logits"}), 1))
     assert held.needs == {"features", "embeddings", "logits"}
 
 
@@ -123,11 +121,7 @@ def called(request):
     """A term called alone and inside a criterion: the same clear error, the second with the term's name."""
 
     def call(term, student, teacher, message):
-        start = (
-            f"^{type(term).__name__}.*"
-            if request.param == "alone"
-            else f"^Term 'mine': {type(term).__name__}.*"
-        )
+        start = f"^{type(term).__name__}.*" if request.param == "alone" else f"^Term 'mine': {type(term).__name__}.*"
         call = term if request.param == "alone" else criterion(mine=(term, 1.0))
         with pytest.raises(UserError, match=start + message):
             call(student, teacher)
@@ -150,9 +144,7 @@ def test_an_output_that_lacks_what_is_read(called, term, kind, who):
 
 @pytest.mark.parametrize(("term", "kind"), STAGEWISE)
 def test_no_teacher(called, term, kind):
-    called(
-        term(**CHANNELS), make_pair().student, None, f"reads the teacher's {kind}, but there is no teacher"
-    )
+    called(term(**CHANNELS), make_pair().student, None, f"reads the teacher's {kind}, but there is no teacher")
 
 
 @pytest.mark.parametrize(("term", "kind"), STAGEWISE)
@@ -172,9 +164,7 @@ def test_other_channels_than_built_for(called, term, kind, who):
 
 @pytest.mark.parametrize(("term", "kind"), STAGEWISE)
 def test_unpaired_channels_are_named_when_built(term, kind):
-    with pytest.raises(
-        UserError, match=rf"{term.__name__} .*got 4 student_channels .* and 3 teacher_channels"
-    ):
+    with pytest.raises(UserError, match=rf"{term.__name__} .*got 4 student_channels .* and 3 teacher_channels"):
         term(student_channels=STUDENT, teacher_channels=TEACHER[:3])
 
 

@@ -90,9 +90,7 @@ def test_ignored_pixels_get_no_gradient(pair):
 def test_another_ignored_label(pair):
     student, target = pair
     value = TaskCrossEntropy(ignore_index=0)(student, None, target.clamp(0, 4))
-    expected = TaskCrossEntropy()(
-        student, None, torch.where(target.clamp(0, 4) == 0, 255, target.clamp(0, 4))
-    )
+    expected = TaskCrossEntropy()(student, None, torch.where(target.clamp(0, 4) == 0, 255, target.clamp(0, 4)))
     assert value == expected
 
 

@@ -76,9 +76,7 @@ def test_pea():
 def test_gl(residual):
     name = "gl_mixer_residual" if residual else "gl_mixer"
     student, teacher = (golden.output(name, who) for who in ("student", "teacher"))
-    mixer = filled(
-        lambda **channels: GLMixerLoss(**channels, num_heads=4, residual=residual), name, "gl_mixer"
-    )
+    mixer = filled(lambda **channels: GLMixerLoss(**channels, num_heads=4, residual=residual), name, "gl_mixer")
     shallow = filled(lambda **channels: PEALoss(**channels, stages=(1, 2, 3)), name, "pea")
     close(mixer.projection(mixer.mix(student.embeddings[3])), golden.stages(name, "out.projected")[3])
     value = mixer(student, teacher) + shallow(student, teacher)

@@ -123,7 +123,9 @@ class SegmentationDataModule(L.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
-    def _loader(self, dataset: SegmentationDataset, batch_size: int, sampler: Any, drop_last: bool) -> DataLoader[Batch]:
+    def _loader(
+        self, dataset: SegmentationDataset, batch_size: int, sampler: Any, drop_last: bool
+    ) -> DataLoader[Batch]:
         return DataLoader(
             dataset,
             batch_size=batch_size,
@@ -132,4 +134,5 @@ class SegmentationDataModule(L.LightningDataModule):
             drop_last=drop_last,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # its own, or each new iterator would move the global one that dropout reads
         )

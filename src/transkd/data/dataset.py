@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -68,7 +68,7 @@ def read_image(path: str | Path, mode: str | None = "RGB") -> npt.NDArray[np.uin
             return np.asarray(image.convert(mode) if mode else image)
     except FileNotFoundError as error:
         raise UserError(f"image not found: {path}") from error
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path}: damaged, truncated or no image ({error})") from error
 
 

@@ -91,9 +91,7 @@ class Canvas:
         pixels[..., 1] = self.horizon + self.focal * (CAMERA_HEIGHT - points[..., 1]) / z
         return pixels
 
-    def paint(
-        self, points: Array, color: Color | None, name: str | None = None, *, shines: bool = False
-    ) -> None:
+    def paint(self, points: Array, color: Color | None, name: str | None = None, *, shines: bool = False) -> None:
         """Fill flat polygons [..., P, 3].
 
         Args:
@@ -155,11 +153,11 @@ class Canvas:
         """
         corners = _box_corners(place, size, bottom, yaw, taper)
         pixels = self.project(corners).tolist()
-        seen = {
-            side: Face(corners.take(at, 0))
-            for side, at in _SIDES.items()
-            if _turns_to_camera(*(pixels[index] for index in at))
-        }
+        seen = {}
+        for side, at in _SIDES.items():
+            outline = [pixels[index] for index in at]
+            if _turns_to_camera(*outline) and self._in_sight(outline):
+                seen[side] = Face(corners.take(at, 0))
         for side, face in seen.items():
             self.paint(face.corners, tint(color, _BRIGHTNESS[side]), name)
         return seen
@@ -185,6 +183,10 @@ class Canvas:
         along_ray = normal[0] * columns[None] + normal[1] * rows[:, None] + normal[2]
         along_ray[np.abs(along_ray) < 1e-9] = 1e-9
         return np.asarray(normal @ bent[0] / along_ray)
+
+    def _in_sight(self, outline: list[list[float]]) -> bool:
+        columns = [column for column, _ in outline]
+        return max(columns) >= 0 and min(columns) < self.label.shape[1]
 
     def _window(self, pixels: Array, margin: int = 1) -> tuple[slice, slice] | None:
         """The part of the picture that polygons (fixed-point pixels) touch; None where out of sight."""

@@ -85,9 +85,7 @@ def _bicycle_side(canvas: Canvas, place: tuple[float, float], yaw: float, color:
     for axle in (-0.54, 0.54):
         part(circle((axle, 0.35), 0.37), None)  # as in Cityscapes, what is seen through the spokes counts
         rim = circle((axle, 0.35), 0.34, 17)
-        part(
-            np.stack([limb(a, b, 0.07) for a, b in zip(rim, np.roll(rim, 1, 0), strict=True)]), RUBBER, False
-        )
+        part(np.stack([limb(a, b, 0.07) for a, b in zip(rim, np.roll(rim, 1, 0), strict=True)]), RUBBER, False)
         part(np.stack([limb((axle, 0.35), end, 0.015) for end in rim[::3]]), (120, 120, 122), False)
     part(np.array([[-0.54, 0.35], [-0.06, 0.3], [0.42, 0.84], [-0.2, 0.84]]), None)
     rear, crank, seat, bar, front = (-0.54, 0.35), (-0.06, 0.3), (-0.22, 0.88), (0.4, 0.86), (0.54, 0.35)
@@ -112,9 +110,7 @@ def _motorcycle_side(canvas: Canvas, place: tuple[float, float], yaw: float, col
     part(limb((-0.8, 0.3), (-0.1, 0.28), 0.1), (150, 150, 152), False)
 
 
-def _machine_from_end(
-    canvas: Canvas, place: tuple[float, float], yaw: float, name: str, color: Color
-) -> None:
+def _machine_from_end(canvas: Canvas, place: tuple[float, float], yaw: float, name: str, color: Color) -> None:
     def part(shape: Array, paint: Color, shines: bool = False) -> None:
         canvas.paint(upright(place, shape), paint, name, shines=shines)
 
@@ -129,18 +125,14 @@ def _machine_from_end(
     else:
         part(limb((0, 0.6), (0, 1.0), 0.08), color)
         part(limb((-0.3, 1.02), (0.3, 1.02), 0.06), RUBBER)
-    part(
-        circle((0, 0.82), 0.1 if motor else 0.06), (255, 240, 200) if np.cos(yaw) < 0 else (214, 26, 22), True
-    )
+    part(circle((0, 0.82), 0.1 if motor else 0.06), (255, 240, 200) if np.cos(yaw) < 0 else (214, 26, 22), True)
 
 
 def _rider_from_end(canvas: Canvas, place: tuple[float, float], rng: np.random.Generator) -> None:
     coat, trousers = pick(rng, COATS), pick(rng, TROUSERS)
     for side in (-1, 1):
         canvas.paint(upright(place, limb((side * 0.12, 0.95), (side * 0.2, 0.32), 0.16)), trousers, "rider")
-        canvas.paint(
-            upright(place, limb((side * 0.22, 1.48), (side * 0.34, 1.06), 0.12)), tint(coat, 0.85), "rider"
-        )
+        canvas.paint(upright(place, limb((side * 0.22, 1.48), (side * 0.34, 1.06), 0.12)), tint(coat, 0.85), "rider")
     torso = np.array([[-0.19, 0.86], [0.19, 0.86], [0.25, 1.48], [0.12, 1.58], [-0.12, 1.58], [-0.25, 1.48]])
     canvas.paint(upright(place, torso), coat, "rider")
     _head(canvas, place, 1.03, rng, "rider")
@@ -160,8 +152,6 @@ def _rider_side(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.
     part(circle((0.18, 1.73), (0.14, 0.1)), pick(rng, COATS))
 
 
-def _head(
-    canvas: Canvas, place: tuple[float, float], size: float, rng: np.random.Generator, name: str
-) -> None:
+def _head(canvas: Canvas, place: tuple[float, float], size: float, rng: np.random.Generator, name: str) -> None:
     canvas.paint(upright(place, circle((0, 1.64), (0.1, 0.13)) * size), pick(rng, SKIN), name)
     canvas.paint(upright(place, circle((0, 1.71), (0.12, 0.09)) * size), pick(rng, HAIR), name)

@@ -84,9 +84,7 @@ def draw_building(
         canvas.box(place, (length, deep + 0.3, 0.4), tint(color, 0.8), "building", bottom=height)
 
 
-def _windows(
-    canvas: Canvas, face: Face, floors: int, height: float, color: Color, rng: np.random.Generator
-) -> None:
+def _windows(canvas: Canvas, face: Face, floors: int, height: float, color: Color, rng: np.random.Generator) -> None:
     columns, low, high = max(1, int(face.length / 2.7)), 3.5 / height, 1 - 0.3 / height
     canvas.paint(face.grid(columns, floors - 1, low, high, (0.56, 0.64)), tint(color, 1.25))
     panes = face.grid(columns, floors - 1, low, high, (0.44, 0.54))
@@ -106,9 +104,7 @@ def _shop_front(canvas: Canvas, face: Face, top: float, rng: np.random.Generator
         canvas.paint(face.patch(0.08, 0.7, 0.82 * top, 0.97 * top), pick(rng, AWNINGS))
 
 
-def draw_wall(
-    canvas: Canvas, side: int, front: float, near: float, length: float, rng: np.random.Generator
-) -> None:
+def draw_wall(canvas: Canvas, side: int, front: float, near: float, length: float, rng: np.random.Generator) -> None:
     """A brick or stone wall with a coping."""
     height, color = rng.uniform(1.6, 3.0), pick(rng, STONES)
     place = (side * (front + 0.2), near + length / 2)
@@ -119,9 +115,7 @@ def draw_wall(
     canvas.box(place, (length, 0.6, 0.16), tint(color, 1.2), "wall", bottom=height)
 
 
-def draw_fence(
-    canvas: Canvas, side: int, front: float, near: float, length: float, rng: np.random.Generator
-) -> None:
+def draw_fence(canvas: Canvas, side: int, front: float, near: float, length: float, rng: np.random.Generator) -> None:
     """Railings; what is seen between the bars is labelled fence, as in Cityscapes."""
     height, color, boarded = rng.uniform(1.1, 1.9), pick(rng, FENCES), rng.random() < 0.4
     x, far = side * front, near + length
@@ -134,9 +128,7 @@ def draw_fence(
     canvas.paint(face.grid(max(1, int(length / 2.5)), 1, 0, 1, (0.07, 1)), tint(color, 0.75))
 
 
-def draw_hedge(
-    canvas: Canvas, side: int, front: float, near: float, length: float, rng: np.random.Generator
-) -> None:
+def draw_hedge(canvas: Canvas, side: int, front: float, near: float, length: float, rng: np.random.Generator) -> None:
     """A clipped hedge."""
     color, height = pick(rng, GREENS), rng.uniform(1.0, 2.4)
     place = (side * (front + 0.6), near + length / 2)

@@ -74,9 +74,7 @@ def _frontage(canvas: Canvas, verge: Verge, rng: np.random.Generator) -> list[Th
     return things
 
 
-def _garden(
-    canvas: Canvas, verge: Verge, near: float, length: float, rng: np.random.Generator
-) -> list[Thing]:
+def _garden(canvas: Canvas, verge: Verge, near: float, length: float, rng: np.random.Generator) -> list[Thing]:
     """Trees and at times a house behind a wall or fence."""
     things = []
     for _ in range(int(rng.integers(0, 4))):
@@ -84,9 +82,7 @@ def _garden(
         things.append(_thing(place[1], draw_tree, canvas, place, rng=rng))
     if rng.random() < 0.35:
         back = verge.front + rng.uniform(8, 14)
-        things.append(
-            _thing(near + length, draw_building, canvas, verge.side, back, near, length - 2, rng=rng)
-        )
+        things.append(_thing(near + length, draw_building, canvas, verge.side, back, near, length - 2, rng=rng))
     return things
 
 
@@ -106,9 +102,7 @@ def _traffic(canvas: Canvas, street: Street, rng: np.random.Generator) -> list[T
         near = _clear_of_crossing(street, rng.uniform(7, 32), 16)
         heading = AWAY if rng.random() < 0.5 else TOWARDS
         things.append(
-            _thing(
-                _distance(street.track, near), draw_tram, canvas, (street.track, near + 8), heading, rng=rng
-            )
+            _thing(_distance(street.track, near), draw_tram, canvas, (street.track, near + 8), heading, rng=rng)
         )
     return things
 
@@ -150,9 +144,7 @@ def _walkers(canvas: Canvas, street: Street, rng: np.random.Generator) -> list[T
                 things.append(_thing(_distance(*place), draw_person, canvas, place, rng=rng))
             else:
                 yaw, motor = float(rng.choice([-1, 1])) * np.pi / 2, bool(rng.random() < 0.4)
-                things.append(
-                    _thing(_distance(*place), draw_two_wheeler, canvas, place, yaw, motor=motor, rng=rng)
-                )
+                things.append(_thing(_distance(*place), draw_two_wheeler, canvas, place, yaw, motor=motor, rng=rng))
     return things
 
 
@@ -173,17 +165,13 @@ def _furniture(canvas: Canvas, street: Street, verge: Verge, rng: np.random.Gene
     things: list[Thing] = []
     edge = verge.side * (verge.curb + 0.4)
     for depth in np.arange(rng.uniform(9, 18), 70, rng.uniform(16, 26)):
-        things.append(
-            _thing(_distance(edge, float(depth)), draw_street_lamp, canvas, (edge, float(depth)), rng=rng)
-        )
+        things.append(_thing(_distance(edge, float(depth)), draw_street_lamp, canvas, (edge, float(depth)), rng=rng))
     for _ in range(int(rng.integers(1, 4))):
         place = (edge + 0.2 * verge.side, _spread_depth(rng, 8, 36))
         things.append(_thing(_distance(*place), draw_sign, canvas, place, rng=rng))
     lights_at = street.crossing - 0.8 if street.crossing is not None else _spread_depth(rng, 14, 40)
     if street.crossing is not None or rng.random() < 0.4:
-        things.append(
-            _thing(_distance(edge, lights_at), draw_traffic_light, canvas, (edge, lights_at), rng=rng)
-        )
+        things.append(_thing(_distance(edge, lights_at), draw_traffic_light, canvas, (edge, lights_at), rng=rng))
     grass = verge.middle_of("terrain")
     if grass is not None:
         for _ in range(int(rng.integers(1, 6))):

@@ -60,9 +60,7 @@ def draw_truck(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.r
     _ground_shadow(canvas, place, length, width, yaw)
 
     def cab() -> None:
-        faces = canvas.box(
-            cab_place, (1.9, 2.3, 2.3), cab_color, "truck", bottom=0.4, yaw=yaw, taper=(0.25, 0, 0.05)
-        )
+        faces = canvas.box(cab_place, (1.9, 2.3, 2.3), cab_color, "truck", bottom=0.4, yaw=yaw, taper=(0.25, 0, 0.05))
         _tyres(canvas, faces, 0.4, "truck")
         if "front" in faces:
             canvas.paint(faces["front"].patch(0.07, 0.93, 0.5, 0.88), GLASS)
@@ -75,9 +73,7 @@ def draw_truck(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.r
     def load() -> None:
         size = (length - 2.1, width, height - 0.8)
         faces = canvas.box(load_place, size, load_color, "truck", bottom=0.8, yaw=yaw)
-        chassis = canvas.box(
-            load_place, (length - 2.1, width - 0.2, 0.35), (44, 44, 46), "truck", bottom=0.45, yaw=yaw
-        )
+        chassis = canvas.box(load_place, (length - 2.1, width - 0.2, 0.35), (44, 44, 46), "truck", bottom=0.45, yaw=yaw)
         for side in ("left", "right"):
             if side in faces:
                 canvas.paint(faces[side].grid(9, 1, 0.03, 0.97, (0.06, 1)), tint(load_color, 0.82))
@@ -97,9 +93,7 @@ def draw_bus(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.ran
     color = pick(rng, BUS_PAINT)
     length, width = 11.0, 2.5
     _ground_shadow(canvas, place, length, width, yaw)
-    faces = canvas.box(
-        place, (length, width, 2.75), color, "bus", bottom=0.3, yaw=yaw, taper=(0.08, 0.05, 0.04)
-    )
+    faces = canvas.box(place, (length, width, 2.75), color, "bus", bottom=0.3, yaw=yaw, taper=(0.08, 0.05, 0.04))
     for side, face in faces.items():
         if side in ("left", "right"):
             canvas.paint(face.grid(7, 1, 0.42, 0.84, (0.9, 1)), (58, 64, 66), shines=True)
@@ -117,9 +111,7 @@ def draw_tram(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.ra
     color = pick(rng, TRAM_PAINT)
     length, width = 16.0, 2.4
     _ground_shadow(canvas, place, length, width, yaw)
-    faces = canvas.box(
-        place, (length, width, 3.0), color, "train", bottom=0.2, yaw=yaw, taper=(0.45, 0.45, 0.06)
-    )
+    faces = canvas.box(place, (length, width, 3.0), color, "train", bottom=0.2, yaw=yaw, taper=(0.45, 0.45, 0.06))
     roof = (length * 0.8, width * 0.6, 0.35)
     canvas.box(place, roof, tint(color, 0.55), "train", bottom=3.2, yaw=yaw)
     for side, face in faces.items():
@@ -152,18 +144,14 @@ def _lamps(canvas: Canvas, face: Face, color: Color, bottom: float, top: float) 
     canvas.paint(np.stack(lamps), color, shines=True)
 
 
-def _wheels(
-    canvas: Canvas, body: dict[str, Face], along: tuple[float, ...], radius: float, name: str
-) -> None:
+def _wheels(canvas: Canvas, body: dict[str, Face], along: tuple[float, ...], radius: float, name: str) -> None:
     for side in ("left", "right"):
         if side not in body:
             continue
         face = body[side]
         middles = [distance if side == "right" else face.length - distance for distance in along]
         canvas.paint(np.stack([face.disc(middle, radius, radius) for middle in middles]), RUBBER, name)
-        canvas.paint(
-            np.stack([face.disc(middle, radius, radius * 0.55) for middle in middles]), (130, 132, 134)
-        )
+        canvas.paint(np.stack([face.disc(middle, radius, radius * 0.55) for middle in middles]), (130, 132, 134))
 
 
 def _tyres(canvas: Canvas, body: dict[str, Face], clearance: float, name: str) -> None:
@@ -171,16 +159,12 @@ def _tyres(canvas: Canvas, body: dict[str, Face], clearance: float, name: str) -
     for side in ("front", "rear"):
         if side in body:
             height = float(np.ptp(body[side].corners[:, 1]))
-            canvas.paint(
-                body[side].patch(0.06, 0.94, -0.55 * clearance / height, 0.02), tint(RUBBER, 0.7), name
-            )
+            canvas.paint(body[side].patch(0.06, 0.94, -0.55 * clearance / height, 0.02), tint(RUBBER, 0.7), name)
             tyres = [body[side].patch(left, left + 0.13, -clearance / height, 0.02) for left in (0.04, 0.83)]
             canvas.paint(np.stack(tyres), RUBBER, name)
 
 
-def _ground_shadow(
-    canvas: Canvas, place: tuple[float, float], length: float, width: float, yaw: float
-) -> None:
+def _ground_shadow(canvas: Canvas, place: tuple[float, float], length: float, width: float, yaw: float) -> None:
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [width / 2 + 0.25, length / 2 + 0.3]
     turned = corners @ np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
     canvas.shadow(np.stack([turned[:, 0] + place[0], np.zeros(4), turned[:, 1] + place[1]], -1), 0.6)

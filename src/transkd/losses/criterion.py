@@ -96,9 +96,7 @@ def _needs(term: nn.Module) -> frozenset[str]:
 
 def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
     if "." in name or hasattr(nn.ModuleDict(), name):
-        raise UserError(
-            f"A term cannot be called {name!r}: the name has a dot or is PyTorch's own. Choose another."
-        )
+        raise UserError(f"A term cannot be called {name!r}: the name has a dot or is PyTorch's own. Choose another.")
     _check_keys(name, entry)
     term, weight = entry["term"], entry["weight"]
     if not isinstance(term, nn.Module) or not isinstance(getattr(term, "needs", None), frozenset):
@@ -107,14 +105,8 @@ def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
             f"reads of the teacher; got {type(term).__name__}."
         )
     if not _needs(term) <= EVERYTHING:
-        raise UserError(
-            f"Term {name!r} needs {sorted(_needs(term))}; a network shows only {sorted(EVERYTHING)}."
-        )
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, (int, float))
-        or not (math.isfinite(weight) and weight >= 0)
-    ):
+        raise UserError(f"Term {name!r} needs {sorted(_needs(term))}; a network shows only {sorted(EVERYTHING)}.")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
         raise UserError(f"Term {name!r} must have a finite weight of at least 0; got {weight!r}.")
 
 

@@ -63,9 +63,7 @@ class TaskCrossEntropy(nn.Module):
     ) -> Tensor:
         """Compare the student's logits with the labels."""
         if student.logits is None:
-            raise UserError(
-                "TaskCrossEntropy reads the student's logits, but it shows none: ask it for logits."
-            )
+            raise UserError("TaskCrossEntropy reads the student's logits, but it shows none: ask it for logits.")
         if target is None:
             raise UserError("TaskCrossEntropy reads labels, but there are none: call it with target=labels.")
         logits = widen(student.logits)

@@ -66,9 +66,7 @@ class CSFLoss(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        self.student_channels, self.teacher_channels = paired_channels(
-            self, student_channels, teacher_channels
-        )
+        self.student_channels, self.teacher_channels = paired_channels(self, student_channels, teacher_channels)
         self.criterion = map_criterion(criterion, temperature)
         deepest = len(self.student_channels)
         self.stages = nn.ModuleDict(
@@ -167,7 +165,5 @@ def _squeeze(layer: _ConvNorm, pooled: Tensor) -> Tensor:
     if len(pooled) > 1:
         return F.relu(layer(pooled))
     norm, convolved = layer.norm, layer.conv(pooled)
-    normalised = F.batch_norm(
-        convolved, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
-    )
+    normalised = F.batch_norm(convolved, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     return F.relu(normalised)

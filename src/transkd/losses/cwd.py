@@ -49,9 +49,7 @@ class CWDLoss(nn.Module):
             raise UserError(f"CWDLoss: the temperature must be greater than 0; got {temperature}.")
         self.temperature, self.grid = temperature, grid
 
-    def forward(
-        self, student: SegmentationOutput, teacher: SegmentationOutput, target: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, student: SegmentationOutput, teacher: SegmentationOutput, target: Tensor | None = None) -> Tensor:
         """Compare the logits."""
         check_needs(self, self.needs, student, teacher)
         assert student.logits is not None

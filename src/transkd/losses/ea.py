@@ -56,9 +56,7 @@ class EALoss(nn.Module):
         stage_weights: Sequence[float] = DEFAULT_STAGE_WEIGHTS,
     ) -> None:
         super().__init__()
-        self.student_channels, self.teacher_channels = paired_channels(
-            self, student_channels, teacher_channels
-        )
+        self.student_channels, self.teacher_channels = paired_channels(self, student_channels, teacher_channels)
         count = len(self.student_channels)
         if len(stage_weights) != count:
             raise UserError(

@@ -56,9 +56,7 @@ class GLMixerLoss(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        self.student_channels, self.teacher_channels = paired_channels(
-            self, student_channels, teacher_channels
-        )
+        self.student_channels, self.teacher_channels = paired_channels(self, student_channels, teacher_channels)
         self.stage, self.num_heads, self.residual = stage, num_heads, residual
         channels = _mixed_channels(self.student_channels, stage, num_heads)
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
@@ -87,7 +85,7 @@ class GLMixerLoss(nn.Module):
         heads = self.qkv(tokens).view(batch, count, 3, self.num_heads, channels // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).reshape(batch, count, channels))  # type: ignore[no-any-return]
+        return self.proj(attended.transpose(1, 2).reshape(batch, count, channels))
 
     def _gated(self, tokens: Tensor) -> Tensor:
         sequence = tokens.transpose(1, 2)
@@ -101,7 +99,6 @@ def _mixed_channels(student_channels: tuple[int, ...], stage: int, num_heads: in
     channels = student_channels[stage - 1]
     if num_heads < 1 or channels % num_heads:
         raise UserError(
-            f"GLMixerLoss: num_heads must divide the student's {channels} channels at stage {stage}; "
-            f"got {num_heads}."
+            f"GLMixerLoss: num_heads must divide the student's {channels} channels at stage {stage}; got {num_heads}."
         )
     return channels

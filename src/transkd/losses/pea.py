@@ -55,9 +55,7 @@ class PEALoss(nn.Module):
         stage_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.student_channels, self.teacher_channels = paired_channels(
-            self, student_channels, teacher_channels
-        )
+        self.student_channels, self.teacher_channels = paired_channels(self, student_channels, teacher_channels)
         self.stage_weights = _weights_by_stage(stages, stage_weights, len(self.student_channels))
         self.projections = nn.ModuleDict(
             {
@@ -85,9 +83,7 @@ def _weights_by_stage(stages: Sequence[int], weights: Sequence[float] | None, co
         )
     if weights is None:
         if max(stages) > len(DEFAULT_STAGE_WEIGHTS):
-            raise UserError(
-                f"PEALoss: stages beyond 4 have no default; set stage_weights for {list(stages)}."
-            )
+            raise UserError(f"PEALoss: stages beyond 4 have no default; set stage_weights for {list(stages)}.")
         weights = [DEFAULT_STAGE_WEIGHTS[stage - 1] for stage in stages]
     if len(weights) != len(stages):
         raise UserError(

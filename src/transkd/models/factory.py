@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 
@@ -52,7 +53,7 @@ def create_segmenter(
     if name not in SEGMENTERS:
         raise UserError(f"unknown network {name!r}; available: {', '.join(SEGMENTERS)}")
     encoder_name, width = SEGMENTERS[name]
-    encoder = timm.create_model(encoder_name, num_classes=0, drop_path_rate=drop_path_rate)
+    encoder: Any = timm.create_model(encoder_name, num_classes=0, drop_path_rate=drop_path_rate)
     head = SegformerHead(encoder.channels, width, num_classes)
     network = Segmenter(encoder, head, num_classes, mean, std)
     network.name = name

@@ -1,8 +1,8 @@
 """Decode heads: four stage features in, logits out."""
 
 from collections.abc import Sequence
+from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ class SegformerHead(nn.Module):
         """For each stage, shallowest first, weight [width, C_i, 1, 1] and bias [width] of its folded map."""
         # The convolution reads the deepest stage first.
         slices = reversed(self.linear_fuse.conv.weight.flatten(1).chunk(len(self.linears), dim=1))
-        linears = [self.get_submodule(name).get_submodule("proj") for name in self.linears]
+        linears = [cast(nn.Linear, self.get_submodule(f"{name}.proj")) for name in self.linears]
         return [
             ((part @ linear.weight)[:, :, None, None], part @ linear.bias)
             for part, linear in zip(slices, linears, strict=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ __all__ = ["MixTransformer"]
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """View tokens [B, N, C] as a map [B, C, H, W]; no copy, the map is channels-last in memory."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    return tokens.transpose(1, 2).view(len(tokens), -1, *grid)
 
 
 def to_tokens(feature_map: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def to_tokens(feature_map: Tensor) -> Tensor:
 
 
 class EfficientAttention(nn.Module):
-    """Multi-head self-attention whose keys and values come from a map shrunk by ``reduction`` (arXiv 2105.15203, 3.1)."""
+    """Multi-head self-attention, keys and values from a map shrunk by ``reduction`` (arXiv 2105.15203, 3.1)."""
 
     def __init__(self, channels: int, heads: int, reduction: int) -> None:
         super().__init__()
@@ -138,14 +138,12 @@ class MixTransformer(nn.Module):
         self.feature_info = [
             {"num_chs": width, "reduction": 4 * 2**i, "module": f"norm{i + 1}"} for i, width in enumerate(channels)
         ]
-        drop_rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        drop_rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         for i, width in enumerate(channels):
             previous = channels[i - 1] if i else in_chans
             kernel_size, stride = (3, 2) if i else (7, 4)
             embed = OverlapPatchEmbedding(previous, width, kernel_size, stride)
-            blocks = [
-                Block(width, heads[i], reductions[i], mlp_ratio, next(drop_rates)) for _ in range(depths[i])
-            ]
+            blocks = [Block(width, heads[i], reductions[i], mlp_ratio, next(drop_rates)) for _ in range(depths[i])]
             self.add_module(f"patch_embed{i + 1}", embed)
             self.add_module(f"block{i + 1}", nn.ModuleList(blocks))
             self.add_module(f"norm{i + 1}", nn.LayerNorm(width, eps=1e-6))

@@ -1,7 +1,7 @@
 """The network that users build, train and deploy: normalise, encode, decode."""
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class StageEncoder(Protocol):
-    """What a Segmenter asks of its encoder."""
-
-    channels: tuple[int, ...]
-
-    def forward_stages(self, image: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Features and patch embeddings of every stage."""
-
-
 class Segmenter(nn.Module):
     """A semantic-segmentation network that owns its normalisation.
 
@@ -32,7 +23,8 @@ class Segmenter(nn.Module):
     normalisation constants.
 
     Args:
-        encoder: gives four features and, where it has them, patch embeddings (``MixTransformer``).
+        encoder: has ``channels``, the width of each stage, and ``forward_stages(image) -> (features, embeddings)``,
+            the embeddings empty where it has none (``MixTransformer``).
         head: features to logits (``SegformerHead``).
         num_classes: number of classes K.
         mean: subtracted from RGB in [0, 1].
@@ -61,17 +53,12 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         self.name: str | None = None  # set by create_segmenter; by it a file of weights can rebuild the network
-        self.encoder = encoder
+        self.encoder: Any = encoder
         self.head = head
+        self.channels: tuple[int, ...] = tuple(encoder.channels)  # type: ignore[arg-type]
         self.num_classes = num_classes
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Width of each stage, shallowest first."""
-        channels: tuple[int, ...] = self.encoder.channels
-        return channels
 
     def normalise(self, image: Tensor) -> Tensor:
         """RGB [B, 3, H, W], uint8 or float in [0, 1], to the network's input."""

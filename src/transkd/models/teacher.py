@@ -50,5 +50,5 @@ class FrozenTeacher(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # The one door by which .to(), .cuda(), .half() … reach a module.
-        self.network._apply(fn)
-        return super()._apply(fn, recurse)
+        self.network._apply(fn)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,19 @@ from torch import Tensor
 
 import transkd
 from transkd.errors import UserError
+from transkd.files import write_atomically
 from transkd.models.factory import create_segmenter
 from transkd.models.segmenter import Segmenter
 from transkd.models.transkd_checkpoint import split_transkd_checkpoint
 
-__all__ = ["describe", "load_segmenter", "load_weights", "read_weights", "save_segmenter", "split_transkd_checkpoint"]
+__all__ = [
+    "describe",
+    "load_segmenter",
+    "load_weights",
+    "read_weights",
+    "save_segmenter",
+    "split_transkd_checkpoint",
+]
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +57,9 @@ def save_segmenter(network: Segmenter, path: str | Path, classes: tuple[Any, Any
         classes: names and palette (``transkd.data.classes.ClassSet``), for pictures and tables later.
         notes: anything else worth keeping that JSON can hold.
     """
-    path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     content = safetensors.torch.save(tensors, metadata={CARD: json.dumps(describe(network, classes, **notes))})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, content)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -102,7 +98,7 @@ def _read_file(path: Path) -> tuple[Any, dict[str, Any]]:
             raise UserError(f"{path} is a damaged safetensors file ({error}); copy or download it again") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of damaged bytes torch raises whatever its parser trips over
         raise UserError(
             f"{path} is no readable weights file: expected safetensors or a PyTorch checkpoint of plain tensors, got "
             f"{path.stat().st_size} bytes that are damaged, foreign or hold other objects "

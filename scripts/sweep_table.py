@@ -1,0 +1,200 @@
+"""Turn a sweep's folder into one table: mIoU in percent, mean ± sample standard deviation over seeds.
+
+python scripts/sweep_table.py outputs/acdc/sweep_<date> [--group distill] [--csv FILE] [--markdown]
+
+A job is a subfolder with its settings in ``.hydra/overrides.yaml`` and its scores in ``results.json``. Jobs that differ
+in nothing but the seed make one row. A job without results is named on stderr and left out of the means.
+"""
+
+import argparse
+import csv
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+OVERRIDES = Path(".hydra") / "overrides.yaml"
+
+
+class Job(NamedTuple):
+    """One finished run of a sweep; scores are fractions."""
+
+    name: str
+    settings: dict[str, str]
+    seed: int
+    protocol: str
+    miou: float
+    teacher_miou: float | None
+
+
+class Row(NamedTuple):
+    """Jobs that differ in the seed alone; scores in percent, None where there is no such value."""
+
+    settings: tuple[str, ...]
+    miou: float
+    std: float | None
+    runs: int
+    teacher: float | None
+    teacher_std: float | None
+    protocol: str
+
+
+def read_settings(folder: Path) -> dict[str, str]:
+    """The overrides of a job, by name."""
+    lines = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES))
+    pairs = (str(line).lstrip("+").partition("=") for line in lines)
+    return {name: value for name, _, value in pairs}
+
+
+def read_job(folder: Path) -> Job:
+    """One job's settings and scores.
+
+    Raises:
+        ValueError: it has no usable results; the message says why.
+    """
+    settings = read_settings(folder)
+    try:
+        results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        miou = float(results["mIoU"])
+        job = Job(
+            folder.name, settings, results["seed"], results["protocol"], miou, results.get("teacher", {}).get("mIoU")
+        )
+    except FileNotFoundError:
+        raise ValueError("no results.json: it failed or is not finished") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"results.json is damaged ({error})") from None
+    except KeyError as error:
+        raise ValueError(f"results.json has no {error}") from None
+    if not math.isfinite(miou):
+        raise ValueError(f"its mIoU is {miou}")
+    return job
+
+
+def read_sweep(root: Path) -> list[Job]:
+    """Every finished job, in the order of their numbers; the others are named on stderr."""
+    if not root.is_dir():
+        sys.exit(f"error: no such folder: {root}")
+    folders = [path.parents[1] for path in root.glob(f"*/{OVERRIDES}")]
+    if not folders:
+        sys.exit(f"error: no jobs in {root}: expected <number>/{OVERRIDES}, as a run with -m leaves them")
+    jobs = []
+    for folder in sorted(folders, key=lambda path: (not path.name.isdigit(), path.name.zfill(9))):
+        try:
+            jobs.append(read_job(folder))
+        except ValueError as error:
+            said = " ".join(f"{name}={value}" for name, value in read_settings(folder).items())
+            print(f"left out: job {folder.name} ({said}): {error}", file=sys.stderr)
+    if not jobs:
+        sys.exit(f"error: no job in {root} has results")
+    return jobs
+
+
+def varying(jobs: Sequence[Job]) -> list[str]:
+    """Names of the settings that differ between jobs, the seed aside, in the order in which they were given."""
+    names = dict.fromkeys(name for job in jobs for name in job.settings if name != "seed")
+    return [name for name in names if len({job.settings.get(name) for job in jobs}) > 1]
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n − 1); no deviation for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def make_rows(jobs: Sequence[Job], names: Sequence[str]) -> list[Row]:
+    """One row for each combination of the named settings, in the order of the jobs."""
+    protocols = {job.protocol: job.name for job in jobs}
+    if len(protocols) > 1:
+        found = ", ".join(f"{protocol} (job {name})" for protocol, name in protocols.items())
+        sys.exit(f"error: scores under different protocols cannot stand in one table: {found}")
+    groups = defaultdict(list)
+    for job in jobs:
+        groups[tuple(job.settings.get(name, "–") for name in names)].append(job)
+    rows = []
+    for settings, group in groups.items():
+        teachers = [100 * job.teacher_miou for job in group if job.teacher_miou is not None]
+        one_teacher = len(set(teachers)) == 1
+        rows.append(
+            Row(
+                settings,
+                *mean_and_std([100 * job.miou for job in group]),
+                len(group),
+                *((teachers[0], None) if one_teacher else mean_and_std(teachers) if teachers else (None, None)),
+                group[0].protocol,
+            )
+        )
+    return rows
+
+
+def show(mean: float | None, std: float | None) -> str:
+    """A value in percent with its deviation, where there is one."""
+    if mean is None:
+        return "–"
+    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+
+
+def as_text(row: Row) -> list[str]:
+    """The cells of a row; a single seed shows its missing deviation."""
+    miou = show(row.miou, row.std) if row.std is not None else f"{row.miou:.2f} ± –"
+    return [*row.settings, miou, str(row.runs), show(row.teacher, row.teacher_std), row.protocol]
+
+
+def print_markdown(header: Sequence[str], rows: Sequence[Row], title: str) -> None:
+    """The table as Markdown."""
+    lines = [header, ["---"] * len(header), *(as_text(row) for row in rows)]
+    print(f"{title}\n")
+    for line in lines:
+        print("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
+
+
+def print_table(header: Sequence[str], rows: Sequence[Row], title: str) -> None:
+    """The table for a terminal."""
+    table = Table(*map(escape, header), title=escape(title))
+    for row in rows:
+        table.add_row(*map(escape, as_text(row)))
+    Console().print(table)
+
+
+def write_csv(path: Path, names: Sequence[str], rows: Sequence[Row]) -> None:
+    """The table's numbers, unrounded; an empty cell where there is no value."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*names, *Row._fields[1:]])
+        writer.writerows([*row.settings, *row[1:]] for row in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("sweep", type=Path, help="a sweep's folder, such as outputs/acdc/sweep_<date>")
+    parser.add_argument("--group", help="settings to make rows of, separated by commas; default: all but the seed")
+    parser.add_argument("--csv", type=Path, help="write the numbers there too")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    args = parser.parse_args(arguments)
+
+    jobs = read_sweep(args.sweep)
+    differing = varying(jobs)
+    names = args.group.split(",") if args.group else differing
+    known = dict.fromkeys(name for job in jobs for name in job.settings)
+    for name in names:
+        if name not in known:
+            sys.exit(f"error: --group {name}: no job sets it; there are: {', '.join(known)}")
+    rows = make_rows(jobs, names)
+    merged = ["seed", *(name for name in differing if name not in names)]
+    title = f"mIoU [%], mean ± standard deviation over {', '.join(merged)}"
+    header = [*names, "mIoU", "seeds" if merged == ["seed"] else "runs", "teacher", "protocol"]
+    (print_markdown if args.markdown else print_table)(header, rows, title)
+    if args.csv:
+        write_csv(args.csv, names, rows)
+
+
+if __name__ == "__main__":
+    main()

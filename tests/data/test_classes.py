@@ -1,0 +1,28 @@
+import pytest
+
+from transkd.data.classes import CAMVID, CITYSCAPES
+
+
+@pytest.mark.parametrize(
+    ("classes", "train_id", "name", "colour"),  # as the sets' own tools have them
+    [
+        (CITYSCAPES, 0, "road", (128, 64, 128)),
+        (CITYSCAPES, 1, "sidewalk", (244, 35, 232)),
+        (CITYSCAPES, 5, "pole", (153, 153, 153)),
+        (CITYSCAPES, 10, "sky", (70, 130, 180)),
+        (CITYSCAPES, 13, "car", (0, 0, 142)),
+        (CITYSCAPES, 18, "bicycle", (119, 11, 32)),
+        (CAMVID, 0, "sky", (128, 128, 128)),
+        (CAMVID, 3, "road", (128, 64, 128)),
+        (CAMVID, 8, "car", (64, 0, 128)),
+        (CAMVID, 10, "bicyclist", (0, 128, 192)),
+    ],
+)
+def test_ids(classes, train_id, name, colour):
+    assert (classes.names[train_id], classes.palette[train_id]) == (name, colour)
+
+
+@pytest.mark.parametrize("classes", [CITYSCAPES, CAMVID])
+def test_no_class_looks_like_ignored_pixels(classes):
+    assert (0, 0, 0) not in classes.palette
+    assert all(0 <= value <= 255 for colour in classes.palette for value in colour)
