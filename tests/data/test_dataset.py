@@ -63,11 +63,11 @@ def test_jpeg_images(write):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA"])
-def test_images_of_other_modes_become_rgb(write, mode, tmp_path):
+def test_images_of_other_modes_become_rgb(write, mode):
     suffix = ".jpg" if mode == "CMYK" else ".png"
-    image = write(image=Image.new("RGB", (32, 24), (80, 80, 80)).convert(mode), suffix=suffix)[0].image
+    image = write(image=Image.new("RGB", (32, 24), (102, 102, 102)).convert(mode), suffix=suffix)[0].image
     assert image.shape == (3, 24, 32)
-    assert (image.int() - 80).abs().max() <= 2
+    assert (image.int() - 102).abs().max() <= 2
 
 
 def test_a_palette_label_is_read_by_index(write):

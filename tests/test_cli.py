@@ -1,0 +1,180 @@
+"""The commands as a user calls them: what they answer to a mistake."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import TINY, composed, results
+
+from transkd import evaluate, predict, train
+from transkd.run import run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with one finished run of a student alone."""
+    root = tmp_path_factory.mktemp("commands")
+    run(composed(root, "run", "distill=none", "trainer.max_epochs=1"))
+    return root
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Call a command's main in a folder of its own; gives the error message, or None where it succeeds."""
+
+    def call(module, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr(sys, "argv", ["transkd", *map(str, arguments)])
+        try:
+            module.main()
+        except SystemExit as stop:
+            return str(stop.code)
+        return None
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["distill=nope"], ["distill/nope", "transkd_base", "transkd_ea", "none"]),
+        (["term=[csf,nope]"], ["term/nope", "csf", "pea", "ea", "gl_mixer"]),
+        (["+experiment=nope"], ["experiment/nope", "acdc", "camvid", "demo"]),
+        (["student=nope"], ["student/nope", "segformer_b0"]),
+        (["trainer.max_epoch=3"], ["trainer.max_epoch", "did you mean max_epochs?", "precision"]),
+        (["sed=3"], ["sed", "did you mean seed?", "protocol"]),
+        (["criterion.terms.csf.wieght=3"], ["wieght", "did you mean weight?"]),
+        (["+experiment=acdc"], ["data.root"]),
+        (["+experiment=acdc", "data.root=nowhere"], ["data.root=nowhere", "rgb_anon/", "+experiment=demo"]),
+        (["+experiment=camvid", "data.root=nowhere"], ["data.root=nowhere", "trainannot", "+experiment=demo"]),
+        (["protocol=half-res"], ["'half-res'", "full-res", "transkd-paper"]),
+        (["data.num_classes=18"], ["data.num_classes=18", "19 classes"]),
+        (["student.weights=nowhere.pth"], ["weights file not found: nowhere.pth"]),
+        (["criterion.terms.csf.weight=-1"], ["csf", "weight"]),
+        (["criterion.terms.csf.term.mid_channel=3"], ["mid_channel"]),
+        (["criterion.terms.csf.term.criterion=nope"], ["nope", "hierarchical_context", "channel_kl"]),
+    ],
+)
+def test_a_mistake_gets_one_clear_message(call, arguments, parts):
+    message = call(train, *arguments)
+    assert message is not None
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == []
+
+
+def test_a_bug_keeps_its_traceback(call, monkeypatch):
+    def broken(cfg):
+        raise ZeroDivisionError("a bug of ours")
+
+    monkeypatch.setattr("transkd.run.run", broken)
+    with pytest.raises(ZeroDivisionError):
+        call(train)
+
+
+def test_a_checkpoint_of_another_architecture(call, trained):
+    message = call(train, *TINY, f"data.root={trained / 'data'}", "student=segformer_b1", "distill=none",
+                   f"student.weights={trained / 'run' / 'student.safetensors'}")  # fmt: skip
+    assert "does not fit segformer_b1 with 19 classes" in message
+    assert "encoder.patch_embed1.proj.weight: expected [64, 3, 7, 7], got [32, 3, 7, 7]" in message
+
+
+def test_sweep(call, trained, tmp_path):
+    short = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "distill=none", f"data.root={trained / 'data'}"]
+    assert call(train, "-m", *TINY, *short, "seed=0,1", "hydra.sweep.dir=sweep") is None
+    for job in (0, 1):
+        assert results(tmp_path / "sweep", str(job))["seed"] == job
+
+
+def test_evaluate_repeats_the_score_of_the_run(call, trained, tmp_path):
+    where = [*TINY, f"data.root={trained / 'data'}", "hydra.run.dir=scored"]
+    assert call(evaluate, *where, f"weights={trained / 'run' / 'student.safetensors'}") is None
+    assert results(tmp_path, "scored")["mIoU"] == results(trained, "run")["mIoU"]
+    assert results(tmp_path, "scored")["protocol"] == "full-res"
+    assert call(evaluate, *where, f"weights={trained / 'run/checkpoints/last.ckpt'}", "protocol=transkd-paper") is None
+    assert results(tmp_path, "scored")["protocol"] == "transkd-paper"
+
+
+def test_evaluate_on_data_of_other_classes(call, trained, camvid_root):
+    message = call(evaluate, "+experiment=camvid", f"data.root={camvid_root}",
+                   f"weights={trained / 'run' / 'student.safetensors'}")  # fmt: skip
+    assert "has 19 classes" in message
+    assert "camvid has 11" in message
+
+
+@pytest.fixture
+def frames(tmp_path):
+    """A folder with images of unlike sizes, one of them deeper down."""
+    rng = np.random.default_rng(0)
+    for name, size in (("a.png", (40, 56)), ("deep/b.jpg", (33, 47))):
+        path = tmp_path / "frames" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "frames"
+
+
+def written(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [("", ["a", "deep/b"]), ("a.png", ["a"]), ("*.png", ["a"]), ("**/*.jpg", ["deep/b"])],
+)
+def test_predict(call, trained, frames, tmp_path, pattern, names):
+    weights = trained / "run" / "student.safetensors"
+    assert call(predict, f"weights={weights}", f"input={frames / pattern}", "output=out") is None
+    assert written(tmp_path / "out") == sorted(f"{kind}/{n}.png" for kind in ("ids", "colour", "overlay") for n in names)
+    for name, size in (("a", (40, 56)), ("deep/b", (33, 47))):
+        if name in names:
+            ids = np.asarray(Image.open(tmp_path / "out" / "ids" / f"{name}.png"))
+            assert ids.shape == size
+            assert ids.max() < 19
+            assert np.asarray(Image.open(tmp_path / "out" / "overlay" / f"{name}.png")).shape == (*size, 3)
+
+
+def test_predict_names_a_truncated_image_and_segments_the_others(call, trained, frames, tmp_path):
+    whole = (frames / "a.png").read_bytes()
+    (frames / "broken.png").write_bytes(whole[: len(whole) // 2])
+    message = call(predict, f"weights={trained / 'run' / 'student.safetensors'}", f"input={frames}", "output=out")
+    assert "frames/broken.png" in message
+    assert "ids/a.png" in written(tmp_path / "out")
+
+
+def test_predict_without_images_or_weights(call, trained, tmp_path):
+    weights = f"weights={trained / 'run' / 'student.safetensors'}"
+    assert "no images for input=nowhere" in call(predict, weights, "input=nowhere")
+    (tmp_path / "foreign.pth").write_bytes(b"not weights at all")
+    assert "no readable weights file" in call(predict, "weights=foreign.pth", "input=.")
+    assert "weights has no value" in call(predict, "input=.")
+
+
+def test_commands_run_as_modules_from_any_folder(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "transkd.train", "distill=nope"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run(trained, tmp_path):
+    """DDP on the CPU: one student, one table, every validation image once."""
+    shutil.copytree(trained / "data", tmp_path / "data")
+    two = ["trainer.devices=2", "trainer.strategy=ddp", "hydra.run.dir=two", "distill=transkd_ea"]
+    command = [sys.executable, "-m", "transkd.train", *TINY, *two, f"data.root={tmp_path / 'data'}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path, "two")["steps"] == 4  # 2 epochs of 8 images, 2 processes with 2 images each
+    checkpoint = torch.load(tmp_path / "two" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 4
+    weights = f"weights={tmp_path / 'two' / 'student.safetensors'}"
+    command = [sys.executable, "-m", "transkd.evaluate", *TINY, f"data.root={tmp_path / 'data'}", weights, "hydra.run.dir=one"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=300)
+    assert results(tmp_path, "one")["mIoU"] == results(tmp_path, "two")["mIoU"]

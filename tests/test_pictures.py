@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from transkd.data.classes import CITYSCAPES
+from transkd.pictures import colourise, draw_curves, overlay, read_metrics, save_image, save_sheet
+
+METRICS = """epoch,lr-AdamW,step,train/loss_epoch,train/loss_step,train/task,val/full-res/mIoU
+,0.001,9,,1.5,,
+0,,19,1.25,,1.0,
+0,,19,,,,0.25
+,0.0005,29,,1.125,,
+1,,39,1.0,,0.75,0.5
+"""
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text(METRICS)
+    return path
+
+
+def test_colours_by_class_and_black_for_ignored():
+    label = np.array([[0, 13], [255, 18]], dtype=np.uint8)
+    colours = colourise(label, CITYSCAPES.palette)
+    assert colours.dtype == np.uint8
+    assert colours.tolist() == [[[128, 64, 128], [0, 0, 142]], [[0, 0, 0], [119, 11, 32]]]
+
+
+def test_overlay_by_hand():
+    image, colours = np.full((1, 1, 3), 200, np.uint8), np.array([[[0, 100, 255]]], dtype=np.uint8)
+    assert overlay(image, colours, 0.25).tolist() == [[[150, 175, 213]]]
+    assert np.array_equal(overlay(image, colours, 0), image)
+    assert np.array_equal(overlay(image, colours, 1), colours)
+
+
+def test_metrics_are_read_by_name(metrics):
+    assert read_metrics(metrics) == {
+        "lr-AdamW": [(9, 0.001), (29, 0.0005)],
+        "train/loss_step": [(9, 1.5), (29, 1.125)],
+        "train/loss_epoch": [(19, 1.25), (39, 1.0)],
+        "train/task": [(19, 1.0), (39, 0.75)],
+        "val/full-res/mIoU": [(19, 0.25), (39, 0.5)],
+    }
+
+
+def axes_of(monkeypatch):
+    """The figure's axes at the moment of saving."""
+    from matplotlib.figure import Figure
+
+    seen = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.extend(self.axes), save(self, *a, **k)))
+    return seen
+
+
+def test_curves(metrics, tmp_path, monkeypatch):
+    axes = axes_of(monkeypatch)
+    draw_curves(metrics, tmp_path / "curves.png")
+    drawn = [{line.get_label(): line.get_xydata().tolist() for line in axis.lines} for axis in axes]
+    assert drawn == [
+        {"train/loss": [[19, 1.25], [39, 1.0]], "train/task": [[19, 1.0], [39, 0.75]]},
+        {"val/full-res/mIoU": [[19, 0.25], [39, 0.5]]},
+        {"lr-AdamW": [[9, 0.001], [29, 0.0005]]},
+    ]
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+
+
+def test_curves_of_a_run_without_validation(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/task\n0,9,1.0\n")
+    draw_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_sheet(tmp_path, monkeypatch):
+    axes = axes_of(monkeypatch)
+    rows = [[np.full((8, 16, 3), 40 * i + 10 * j, np.uint8) for j in range(3)] for i in range(2)]
+    save_sheet(rows, ["image", "label", "student"], tmp_path / "sheet.png", title="demo")
+    shown = [axis.get_images()[0].get_array() for axis in axes]
+    assert all(np.array_equal(a, b) for a, b in zip(shown, [cell for row in rows for cell in row], strict=True))
+    assert [axis.get_title() for axis in axes] == ["image", "label", "student", "", "", ""]
+    assert Image.open(tmp_path / "sheet.png").size[0] > 500
+
+
+def test_a_sheets_rows_must_be_full(tmp_path):
+    row = [np.zeros((4, 4, 3), np.uint8)] * 2
+    with pytest.raises(ValueError, match="shorter"):
+        save_sheet([row], ["image", "label", "student"], tmp_path / "sheet.png")
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
+def test_images_round_trip(tmp_path, shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    path = tmp_path / "a" / "b.png"
+    save_image(pixels, path)
+    assert np.array_equal(np.asarray(Image.open(path)), pixels)
