@@ -29,10 +29,16 @@ def test_colours_by_class_and_black_for_ignored():
 
 
 def test_overlay_by_hand():
-    image, colours = np.full((1, 1, 3), 200, np.uint8), np.array([[[0, 100, 255]]], dtype=np.uint8)
-    assert overlay(image, colours, 0.25).tolist() == [[[150, 175, 213]]]
+    image, colours = np.full((1, 1, 3), 200, np.uint8), np.array([[[0, 100, 240]]], dtype=np.uint8)
+    assert overlay(image, colours, 0.25).tolist() == [[[150, 175, 210]]]
     assert np.array_equal(overlay(image, colours, 0), image)
     assert np.array_equal(overlay(image, colours, 1), colours)
+
+
+@pytest.mark.parametrize("opacity", [0.1, 0.3, 0.5, 0.7])
+def test_overlay_of_a_picture_on_itself_is_itself(opacity):
+    image = np.arange(255, dtype=np.uint8).reshape(5, 17, 3)
+    assert np.array_equal(overlay(image, image, opacity), image)
 
 
 def test_metrics_are_read_by_name(metrics):

@@ -76,7 +76,7 @@ def test_the_best_checkpoint_can_be_loaded_as_a_network(base):
     assert network.name == "segformer_b0"
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818
     """Stands for the end of the process."""
 
 
@@ -112,7 +112,7 @@ def test_nothing_to_resume_from(base, monkeypatch):
     monkeypatch.chdir(base)
     with pytest.raises(UserError, match=r"ckpt_path=last: no checkpoints/last.ckpt in any run under .*outputs/never"):
         run(composed(base, "never", "name=never", "ckpt_path=last"))
-    with pytest.raises(UserError, match="checkpoint not found: ckpt_path=nowhere.ckpt"):
+    with pytest.raises(UserError, match=r"checkpoint not found: ckpt_path=nowhere.ckpt"):
         run(composed(base, "never", "ckpt_path=nowhere.ckpt"))
 
 
@@ -140,7 +140,7 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(base, monkeypatc
                 self.student.head.linear_pred.bias.fill_(float("nan"))
 
     monkeypatch.setattr(Distiller, "on_validation_epoch_end", breaks)
-    with pytest.raises(UserError, match="student.head.linear_pred.bias is not finite at epoch 1"):
+    with pytest.raises(UserError, match=r"student.head.linear_pred.bias is not finite at epoch 1"):
         run(composed(base, "nan", "distill=none", "~callbacks.best"))
     network, _ = load_segmenter(base / "nan" / "checkpoints" / "last.ckpt")
     assert all(p.isfinite().all() for p in network.parameters())
@@ -155,7 +155,9 @@ def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(base, monkeypatc
 
     monkeypatch.setattr(Distiller, "on_validation_epoch_start", fill_disk, raising=False)
     try:
-        with pytest.raises(UserError, match=r"cannot write .*last\.ckpt: File too large; the file that was there is kept"):
+        with pytest.raises(
+            UserError, match=r"cannot write .*last\.ckpt: File too large; the file that was there is kept"
+        ):
             run(composed(base, "full", "distill=none", "~callbacks.best"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,8 +1,10 @@
 """What the commands share: finding conf/, running under Hydra, turning a user's mistake into one clear message."""
 
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -28,15 +30,27 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], None]], 
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
         def command() -> None:
-            full = os.environ.get("HYDRA_FULL_ERROR") == "1"
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting itself
-            try:
-                hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(main)()
-            except Exception as error:
-                message = None if full else explain(error)
-                if message is None:
-                    raise
-                sys.exit(f"error: {message}")
+            wish = os.environ.get("HYDRA_FULL_ERROR", "0")
+
+            @contextmanager
+            def mistakes_explained() -> Iterator[None]:
+                try:
+                    yield
+                except Exception as error:
+                    message = explain(error) if wish == "0" else None
+                    if message is None:
+                        raise
+                    sys.exit(f"error: {message}")
+                finally:
+                    os.environ["HYDRA_FULL_ERROR"] = wish
+
+            def job(cfg: DictConfig) -> None:
+                with mistakes_explained():  # inside the job too, where Hydra would add a line of its own
+                    main(cfg)
+
+            with mistakes_explained():
+                os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting itself
+                hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)()
 
         return command
 
@@ -58,6 +72,11 @@ def explain(error: BaseException) -> str | None:
     unknown = next((c for c in causes if isinstance(c, OmegaConfBaseException) and "not in struct" in str(c)), None)
     if unknown is not None:
         return _unknown_key(unknown)
+    missing = re.search(r"Could not (?:find|load) '(.+)/(.+?)'", str(error))
+    if isinstance(error, ConfigCompositionException | HydraException) and missing:
+        group, name = missing.groups()
+        options = sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
+        return f"unknown {group} {group}/{name}; there are: {', '.join(options)}"
     if isinstance(error, ConfigCompositionException | HydraException) and not isinstance(error, InstantiationException):
         return " ".join(str(error).replace("\n\t", " ").split())
     if isinstance(error, InstantiationException) and isinstance(causes[-1], TypeError):
@@ -70,7 +89,7 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     parent = getattr(error, "parent_node", None)
     names = sorted(str(name) for name in parent) if isinstance(parent, DictConfig) else []
     near = get_close_matches(key.rsplit(".", 1)[-1], names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else "."
     return f"unknown setting {key}{hint} There are: {', '.join(names)}. A new one is added with +{key}=…"
 
 

@@ -23,7 +23,7 @@ def colourise(label: Pixels, palette: Sequence[Sequence[int]]) -> Pixels:
 
 def overlay(image: Pixels, colours: Pixels, opacity: float = 0.5) -> Pixels:
     """Colours [H, W, 3] laid over an image of the same size."""
-    return (image * (1 - opacity) + colours * opacity).astype(np.uint8)
+    return (image * (1 - opacity) + colours * opacity).round().astype(np.uint8)
 
 
 def save_sheet(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], path: Path, title: str = "") -> None:

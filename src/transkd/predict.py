@@ -27,7 +27,7 @@ def find_images(pattern: str) -> tuple[Path, list[Path]]:
     if path.is_dir():
         base, found = path, path.rglob("*")
     else:
-        base = path
+        base = path.parent
         while "*" in str(base):
             base = base.parent
         found = base.glob(str(path.relative_to(base)))

@@ -62,8 +62,9 @@ def test_every_one_without_a_partner_is_named(acdc_root):
     assert f"label without an image: {acdc_root / 'gt'}" in str(caught.value)
     assert image.name.removesuffix("_rgb_anon.png") in str(caught.value)
     orphan = label.name.replace("_gt_labelTrainIds", "_rgb_anon")
-    assert f"image without a label: {acdc_root / 'rgb_anon' / label.relative_to(acdc_root / 'gt').with_name(orphan)}" in str(
-        caught.value
+    assert (
+        f"image without a label: {acdc_root / 'rgb_anon' / label.relative_to(acdc_root / 'gt').with_name(orphan)}"
+        in str(caught.value)
     )
 
 

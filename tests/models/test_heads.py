@@ -51,7 +51,9 @@ def test_folded_is_drawn_in_value_and_every_gradient(size, channels, training):
         gradients = torch.autograd.grad((logits * weights).sum(), list(inputs.values()))
         outcomes.append((logits, statistics.running_mean.clone(), statistics.running_var.clone(), *gradients))
     for name, folded, expected in zip(["logits", "mean", "variance", *inputs], *outcomes, strict=True):
-        torch.testing.assert_close(folded, expected, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            folded, expected, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
         if not training and name != "mean":  # in training the BatchNorm takes the biases' gradients away
             assert expected.abs().max() > 1e-3, name
 
