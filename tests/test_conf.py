@@ -64,7 +64,7 @@ def test_a_command_asks_for_no_more_than_the_user_alone_can_know(root):
     check_resolved(cfg, missing=asked[root])
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
+@pytest.mark.parametrize(("group", "option"), [o for o in OPTIONS if o[0] != "experiment"], ids=lambda value: value)
 def test_every_option_is_an_override(composed, group, option):
     defaults = {key for entry in OmegaConf.load(CONF / "train.yaml").defaults if entry != "_self_" for key in entry}
     chosen = f"[{option}]" if group == "term" else option

@@ -17,10 +17,9 @@ def test_a_split(camvid_root, split, count):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".JPG", ".PNG"])
 def test_images_of_other_formats(camvid_root, suffix):
-    for path in (camvid_root / "train").iterdir():
-        Image.open(path).save(path.with_suffix(suffix), quality=95)
-        if suffix != ".PNG" or path.with_suffix(suffix) != path:
-            path.unlink()
+    for path in sorted((camvid_root / "train").iterdir()):
+        Image.open(path).save(path.with_suffix(suffix))
+        path.unlink()
     dataset = SegmentationDataset(find_camvid(str(camvid_root), "train"), CAMVID, void=[VOID])
     assert len(dataset) == 4
     assert all(pair.image.suffix == suffix for pair in dataset.pairs)
@@ -39,6 +38,15 @@ def test_other_files_are_left(camvid_root):
     (camvid_root / "train" / "Thumbs.db").touch()
     (camvid_root / "trainannot" / "list.txt").touch()
     assert len(find_camvid(camvid_root, "train")) == 4
+
+
+def test_two_images_of_one_name_are_named(camvid_root):
+    twin = camvid_root / "train" / "train_01.jpg"
+    twin.touch()
+    with pytest.raises(UserError, match="the same name") as caught:
+        find_camvid(camvid_root, "train")
+    assert str(twin) in str(caught.value)
+    assert str(twin.with_suffix(".png")) in str(caught.value)
 
 
 def test_every_one_without_a_partner_is_named(camvid_root):

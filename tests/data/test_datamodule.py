@@ -1,6 +1,6 @@
 from types import SimpleNamespace
 
-import albumentations as A  # noqa: N812
+import albumentations as A
 import pytest
 import torch
 

@@ -1,4 +1,4 @@
-import albumentations as A  # noqa: N812
+import albumentations as A
 import numpy as np
 import pytest
 import torch

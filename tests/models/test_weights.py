@@ -245,6 +245,7 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_nothing_in_a_pickle_is_executed(tmp_path):
     mark = tmp_path / "executed"
     for name, write in {
@@ -298,6 +299,7 @@ def test_foreign(tmp_path, content):
     refused(path, r"damaged safetensors|is no readable weights file")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_altered_bytes_are_an_error_for_the_user_or_harmless(tmp_path):
     path = tmp_path / "altered.pth"
     torch.save({"encoder.weight": torch.rand(4, 4)}, path, _use_new_zipfile_serialization=False)

@@ -21,7 +21,10 @@ def find_camvid(root: str | Path, split: str) -> list[Pair]:
         UserError: a folder without that layout, or files without a partner.
     """
     root = Path(root)
-    images = {path.stem: path for path in (root / split).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
+    images: dict[str, Path] = {}
+    for path in (root / split).glob("*"):
+        if path.suffix.lower() in IMAGE_SUFFIXES and images.setdefault(path.stem, path) != path:
+            raise UserError(f"two images of the same name, {images[path.stem]} and {path}; remove one")
     labels = {path.stem: path for path in (root / f"{split}annot").glob("*.png")}
     if not images and not labels:
         raise UserError(

@@ -1,0 +1,48 @@
+"""Validation curves of several runs in one picture.
+
+python scripts/compare_curves.py outputs/camvid/<run> outputs/camvid/<run> --labels alone transkd_base --out curves.png
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from transkd.pictures import read_metrics
+
+
+def draw(runs: list[Path], labels: list[str], out: Path) -> None:
+    """Draw mIoU [%] against the training step, one line a run, the run's final score in the legend."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for run, label in zip(runs, labels, strict=True):
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        steps, values = zip(*read_metrics(run / "metrics.csv")[f"val/{results['protocol']}/mIoU"], strict=True)
+        axis.plot(steps, [100 * value for value in values], label=f"{label}: {100 * results['mIoU']:.2f}")
+    axis.set_xlabel("step")
+    axis.set_ylabel(f"validation mIoU [%], {results['protocol']}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(out, dpi=120)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
+    parser.add_argument("--labels", nargs="+", help="one a run; the folders' names where not given")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    arguments = parser.parse_args()
+    labels = arguments.labels or [run.name for run in arguments.runs]
+    if len(labels) != len(arguments.runs):
+        sys.exit(f"error: {len(arguments.runs)} runs, but {len(labels)} labels")
+    unfinished = [str(run) for run in arguments.runs if not (run / "results.json").is_file()]
+    if unfinished:
+        sys.exit(f"error: not a finished run (no results.json): {', '.join(unfinished)}")
+    draw(arguments.runs, labels, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
