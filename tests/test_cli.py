@@ -87,6 +87,24 @@ def test_a_checkpoint_of_another_architecture(call, trained):
     assert "encoder.patch_embed1.proj.weight: expected [64, 3, 7, 7], got [32, 3, 7, 7]" in message
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_image_stops_the_training(call, trained, tmp_path, workers):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    broken = next((tmp_path / "data" / "rgb_anon" / "fog" / "train").rglob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:300])
+    message = call(train, *TINY, f"data.root={tmp_path / 'data'}", "distill=none", f"data.num_workers={workers}")
+    assert message.startswith("error: cannot read the image")
+    assert broken.name in message
+    assert "\n" not in message
+
+
+def test_a_batch_of_unlike_sizes(call, trained):
+    message = call(train, *TINY, f"data.root={trained / 'data'}", "distill=none",
+                   "data.train_transform.transforms=[{_target_:albumentations.RandomScale,scale_limit:[0.1,1],p:1}]")  # fmt: skip
+    assert "must be of one size" in message
+    assert "data.batch_size=1" in message
+
+
 def test_sweep(call, trained, tmp_path):
     short = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "distill=none", f"data.root={trained / 'data'}"]
     assert call(train, "-m", *TINY, *short, "seed=0,1", "hydra.sweep.dir=sweep") is None

@@ -1,11 +1,15 @@
 """Whole runs on tiny drawn data: what they write, and that they can be repeated and continued exactly."""
 
 import logging
+import os
 import resource
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from runs import assert_identical, composed, results, student
+from runs import TINY, assert_identical, composed, results, student
 
 from transkd.distiller import Distiller
 from transkd.errors import UserError
@@ -108,12 +112,34 @@ def test_resuming_after_a_kill_gives_the_undisturbed_weights(base, killed_in_epo
     assert results(base, "outputs/resumed/second")["resumed_from"].endswith("killed/checkpoints/last.ckpt")
 
 
+@pytest.mark.slow
+def test_resuming_after_a_real_kill(base, tmp_path):
+    """The process is killed as the system would do it, somewhere in the third epoch or later."""
+    settings = ["distill=transkd_base", "trainer.max_epochs=6", "name=killed", f"data.root={base / 'data'}"]
+    command = [sys.executable, "-m", "transkd.train", *TINY, *settings, f"teacher.fit.folder={base / 'teachers'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many threads as in the undisturbed run
+    process = subprocess.Popen([*command, "hydra.run.dir=outputs/killed/first"], cwd=tmp_path, env=environment)
+    last = tmp_path / "outputs" / "killed" / "first" / "checkpoints" / "last.ckpt"
+    while process.poll() is None and not (last.is_file() and torch.load(last, weights_only=True)["epoch"] >= 1):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "outputs" / "killed" / "first" / "results.json").exists()
+    for arguments in (["ckpt_path=last", "hydra.run.dir=second"], ["hydra.run.dir=undisturbed"]):
+        subprocess.run([*command, *arguments], cwd=tmp_path, check=True, env=environment, stdout=subprocess.DEVNULL)
+    assert results(tmp_path, "second")["resumed_from"] == "outputs/killed/first/checkpoints/last.ckpt"
+    assert_identical(student(tmp_path, "second"), student(tmp_path, "undisturbed"))
+
+
 def test_nothing_to_resume_from(base, monkeypatch):
     monkeypatch.chdir(base)
     with pytest.raises(UserError, match=r"ckpt_path=last: no checkpoints/last.ckpt in any run under .*outputs/never"):
         run(composed(base, "never", "name=never", "ckpt_path=last"))
-    with pytest.raises(UserError, match=r"checkpoint not found: ckpt_path=nowhere.ckpt"):
-        run(composed(base, "never", "ckpt_path=nowhere.ckpt"))
+    with pytest.raises(UserError, match="weights file not found: nowhere"):
+        run(composed(base, "never", "ckpt_path=nowhere"))
+    torch.save({"encoder": torch.zeros(1)}, base / "foreign.pth")
+    with pytest.raises(UserError, match=r"is no checkpoint of a run; .* student\.weights="):
+        run(composed(base, "never", "ckpt_path=foreign.pth"))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(base, monkeypatch):

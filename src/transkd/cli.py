@@ -63,8 +63,8 @@ def explain(error: BaseException) -> str | None:
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     for cause in causes:
-        if isinstance(cause, UserError):
-            return str(cause)
+        if isinstance(cause, UserError):  # a loading process hands its error on with its traceback before it
+            return str(cause).rsplit("transkd.errors.UserError: ", 1)[-1].strip()
     for cause in causes:
         if isinstance(cause, MissingMandatoryValue | InterpolationKeyError):
             key = getattr(cause, "full_key", None) or ""

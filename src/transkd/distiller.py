@@ -92,8 +92,8 @@ class Distiller(L.LightningModule):
         self.scores = self.score.compute()
         self.score.reset()
         stamp = f"val/{self.score.protocol}"
-        self.log(f"{stamp}/mIoU", self.scores.miou.float(), prog_bar=True, rank_zero_only=True)
-        self.log(f"{stamp}/pixel_accuracy", self.scores.pixel_accuracy.float(), rank_zero_only=True)
+        self.log(f"{stamp}/mIoU", self.scores.miou.float(), prog_bar=True)
+        self.log(f"{stamp}/pixel_accuracy", self.scores.pixel_accuracy.float())
 
     def on_train_epoch_start(self) -> None:
         """Make the epoch's randomness a function of seed, epoch and rank."""

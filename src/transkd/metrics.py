@@ -48,6 +48,7 @@ def scores_from_confusion(confusion: Tensor) -> Scores:
     """Scores of a confusion matrix [K, K], rows the label, columns the prediction.
 
     Example:
+        >>> import torch
         >>> scores_from_confusion(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])).iou
         tensor([0.7500, 0.8000,    nan], dtype=torch.float64)
     """

@@ -20,6 +20,7 @@ class OverlapPatchEmbedding(nn.Module):
         [B, in_channels, H, W] -> tokens [B, N, out_channels] and the grid (H', W') with N = H'·W' in raster order.
 
     Example:
+        >>> import torch
         >>> tokens, grid = OverlapPatchEmbedding(3, 32, kernel_size=7, stride=4)(torch.zeros(1, 3, 64, 96))
         >>> tokens.shape, grid
         (torch.Size([1, 384, 32]), (16, 24))

@@ -117,16 +117,20 @@ def evaluate(cfg: DictConfig) -> None:
 
 def find_checkpoint(cfg: DictConfig) -> str | None:
     """The checkpoint to go on from; ``last`` is the newest one of this experiment."""
-    if cfg.ckpt_path != "last":
-        if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
-            raise UserError(f"checkpoint not found: ckpt_path={cfg.ckpt_path}")
-        return str(cfg.ckpt_path) if cfg.ckpt_path else None
-    folder = Path("outputs") / cfg.name
-    found = sorted(folder.glob("**/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(f"ckpt_path=last: no checkpoints/last.ckpt in any run under {folder.absolute()}")
-    log.info("going on from %s", found[-1])
-    return str(found[-1])
+    if cfg.ckpt_path is None:
+        return None
+    path = Path(cfg.ckpt_path)
+    if cfg.ckpt_path == "last":
+        folder = Path("outputs") / cfg.name
+        found = sorted(folder.glob("**/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise UserError(f"ckpt_path=last: no checkpoints/last.ckpt in any run under {folder.absolute()}")
+        path = found[-1]
+    _, card = read_weights(path)  # a missing or damaged file shows here
+    if not card:
+        raise UserError(f"ckpt_path={path} is no checkpoint of a run; to start from its weights say student.weights={path}")
+    log.info("going on from %s", path)
+    return str(path)
 
 
 def build_criterion(cfg: DictConfig, student: Segmenter) -> tuple[Criterion, Segmenter | None]:

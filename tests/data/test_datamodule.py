@@ -95,6 +95,11 @@ def test_an_epoch_can_be_repeated_whatever_ran_before(build):
     assert not same(epoch_of(build(seed=1).train_dataloader(), 2), expected)
 
 
+def test_another_seed_augments_otherwise(build):
+    first, second = (samples(epoch_of(build(seed=seed, batch_size=4).train_dataloader(), 0)) for seed in (0, 1))
+    assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_ranks_share_the_training_images(build):
     seen = []
     for rank in range(2):

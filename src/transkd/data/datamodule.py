@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from transkd.data.classes import CLASS_SETS, ClassSet
 from transkd.data.dataset import Batch, Pair, SegmentationDataset
@@ -27,6 +27,23 @@ class SeededSampler(DistributedSampler[Any]):
         """Pairs of index and augmentation seed."""
         for index in super().__iter__():
             yield index, int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0])
+
+
+def collate(samples: list[Batch]) -> Batch:
+    """Samples to a batch.
+
+    Raises:
+        UserError: samples of unlike sizes.
+    """
+    for parts in zip(*(sample[:2] for sample in samples), strict=True):
+        if len({part.shape for part in parts}) > 1:
+            sizes = "; ".join(f"{sample.name}: {list(sample.image.shape)}" for sample in samples)
+            raise UserError(
+                f"images and labels of one batch must be of one size, got {sizes}. Add a Resize or a crop to the "
+                "transforms, or set data.batch_size=1 (data.eval_batch_size=1 for validation)"
+            )
+    batch: Batch = default_collate(samples)
+    return batch
 
 
 class SegmentationDataModule(L.LightningDataModule):
@@ -132,6 +149,7 @@ class SegmentationDataModule(L.LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             drop_last=drop_last,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator(),  # its own, or each new iterator would move the global one that dropout reads

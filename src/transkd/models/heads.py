@@ -6,7 +6,6 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transkd.patch_embedding import init_vision_weights
 
 __all__ = ["SegformerHead"]
 
@@ -50,6 +49,7 @@ class SegformerHead(nn.Module):
         features, stage i [B, C_i, H_i, W_i] -> logits [B, K, H_1, W_1].
 
     Example:
+        >>> import torch
         >>> head = SegformerHead((8, 16), width=16, num_classes=5)
         >>> head((torch.zeros(2, 8, 16, 24), torch.zeros(2, 16, 8, 12))).shape
         torch.Size([2, 5, 16, 24])
@@ -63,7 +63,6 @@ class SegformerHead(nn.Module):
         self.linear_fuse = _Fuse(len(in_channels) * width, width)
         self.dropout = nn.Dropout2d(dropout)
         self.linear_pred = nn.Conv2d(width, num_classes, 1)
-        self.apply(init_vision_weights)
 
     def fold(self) -> list[tuple[Tensor, Tensor]]:
         """For each stage, shallowest first, weight [width, C_i, 1, 1] and bias [width] of its folded map."""
