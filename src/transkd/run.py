@@ -292,6 +292,8 @@ def quiet_lightning() -> None:
         ".*treespec, LeafSpec.*",
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
+        ".*logs directory .* exists and is not empty.*",  # the run's folder holds config.yaml before metrics.csv
+        ".*in eval mode at the start of training.*",  # the teacher, for good
     ):
         warnings.filterwarnings("ignore", text)
 
