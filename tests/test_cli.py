@@ -99,8 +99,9 @@ def test_a_truncated_image_stops_the_training(call, trained, tmp_path, workers):
 
 
 def test_a_batch_of_unlike_sizes(call, trained):
-    message = call(train, *TINY, f"data.root={trained / 'data'}", "distill=none",
-                   "data.train_transform.transforms=[{_target_:albumentations.RandomScale,scale_limit:[0.1,1],p:1}]")  # fmt: skip
+    scaled = "[{_target_:albumentations.RandomScale,scale_limit:[0.1,1],p:1}]"
+    where = [f"data.root={trained / 'data'}", "distill=none"]
+    message = call(train, *TINY, *where, f"data.train_transform.transforms={scaled}")
     assert "must be of one size" in message
     assert "data.batch_size=1" in message
 

@@ -8,11 +8,45 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+def evaluate(cfg: "DictConfig") -> None:
+    """Score one file of weights on the validation split; prints the table and writes ``results.json``."""
+    from pathlib import Path
+
+    from hydra.utils import instantiate
+
+    from transkd.errors import UserError
+    from transkd.models import load_segmenter
+    from transkd.models.weights import read_weights
+    from transkd.report import describe_scores, print_scores, sha256, versions, write_results
+    from transkd.run import quiet_lightning, score
+
+    quiet_lightning()
+    data = instantiate(cfg.data)
+    _, card = read_weights(cfg.weights)
+    if card:  # a file of ours says which network it holds
+        network, _ = load_segmenter(cfg.weights)
+    else:
+        network = instantiate(cfg.student.network, weights=cfg.weights)
+    if network.num_classes != data.num_classes:
+        raise UserError(
+            f"{cfg.weights} has {network.num_classes} classes, the data {cfg.name} has {data.num_classes}; "
+            "choose the experiment that it was trained on"
+        )
+    data.prepare_data()
+    scores = score(cfg, network, data)
+    results = {
+        **describe_scores(scores, cfg.protocol, data.classes.names),
+        "weights": str(cfg.weights),
+        "sha256": sha256(Path(cfg.weights)),
+        "versions": versions(),
+    }
+    write_results(results, Path(cfg.run_dir))
+    print_scores({"network": scores}, data.classes.names, cfg.protocol)
+
+
 @hydra_command("evaluate")
 def main(cfg: "DictConfig") -> None:
-    """Compose, then hand over; heavy imports come only once the configuration stands."""
-    from transkd.run import evaluate
-
+    """Compose, then evaluate; heavy imports come only once the configuration stands."""
     evaluate(cfg)
 
 

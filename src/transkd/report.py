@@ -1,17 +1,36 @@
-"""What a run shows at its end: the table of scores, comparison pictures, curves."""
+"""What a run shows and records at its end: the table of scores, pictures, results.json."""
 
+import hashlib
+import json
+import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import albumentations
+import lightning as L
+import timm
+import torch
 from rich.console import Console
 from rich.table import Table
 
+import transkd
 from transkd.data import SegmentationDataModule
-from transkd.metrics import Scores
+from transkd.files import write_atomically
+from transkd.losses import Criterion
+from transkd.metrics import PROTOCOLS, Scores
 from transkd.models import Segmenter
 from transkd.pictures import colourise, draw_curves, save_sheet
 
-__all__ = ["print_scores", "save_report_pictures"]
+__all__ = [
+    "count_parameters",
+    "describe_scores",
+    "print_scores",
+    "save_report_pictures",
+    "sha256",
+    "versions",
+    "write_results",
+]
 
 
 def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], protocol: str) -> None:
@@ -51,3 +70,52 @@ def save_report_pictures(
             row.append(colourise(ids, data.classes.palette))
         rows.append(row)
     save_sheet(rows, ["image", "label", *shown], folder / "predictions.png")
+
+
+def describe_scores(scores: Scores | None, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Scores as JSON holds them: fractions, None for a class that never occurs."""
+    if scores is None:
+        return {}
+    iou = {
+        name: None if value.isnan() else round(value.item(), 6) for name, value in zip(names, scores.iou, strict=True)
+    }
+    return {
+        "protocol": protocol,
+        "protocol_description": PROTOCOLS[protocol].description,
+        "mIoU": round(scores.miou.item(), 6),
+        "pixel_accuracy": round(scores.pixel_accuracy.item(), 6),
+        "iou": iou,
+    }
+
+
+def write_results(results: dict[str, Any], run_dir: Path) -> None:
+    """Write ``results.json``."""
+    write_atomically(run_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+
+
+def count_parameters(student: Segmenter, criterion: Criterion) -> dict[str, int]:
+    """Parameters of the deployed student, and of what is trained around it."""
+    return {
+        "student": sum(p.numel() for p in student.parameters()),
+        "training_modules": sum(p.numel() for p in criterion.parameters()),
+    }
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, to tell later which one it was."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    modules = {
+        "transkd": transkd,
+        "torch": torch,
+        "lightning": L,
+        "timm": timm,
+        "albumentations": albumentations,
+    }
+    return {
+        "python": platform.python_version(),
+        **{name: module.__version__ for name, module in modules.items()},
+    }

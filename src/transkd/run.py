@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import platform
 import time
 import warnings
 from pathlib import Path
@@ -15,19 +14,25 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-import transkd
 from transkd.cli import save_resolved
 from transkd.data import SegmentationDataModule
 from transkd.distiller import Distiller
 from transkd.errors import UserError
-from transkd.files import write_atomically
 from transkd.losses import Criterion
-from transkd.metrics import PROTOCOLS, Scores
-from transkd.models import FrozenTeacher, Segmenter, load_segmenter, load_weights, save_segmenter
+from transkd.metrics import Scores
+from transkd.models import FrozenTeacher, Segmenter, load_weights, save_segmenter
 from transkd.models.weights import read_weights
-from transkd.report import print_scores, save_report_pictures
+from transkd.report import (
+    count_parameters,
+    describe_scores,
+    print_scores,
+    save_report_pictures,
+    sha256,
+    versions,
+    write_results,
+)
 
-__all__ = ["run", "score"]
+__all__ = ["quiet_lightning", "run", "score"]
 
 log = logging.getLogger(__name__)
 
@@ -62,57 +67,30 @@ def run(cfg: DictConfig) -> None:
     fit(trainer, distiller, data, ckpt_path)
 
     scores = score(cfg, student, data)
-    if trainer.is_global_zero:
-        classes = data.classes
-        save_segmenter(student, run_dir / "student.safetensors", classes, **notes)
-        results = {
-            **describe_scores(scores, cfg.protocol, classes.names),
-            "teacher": {
-                **{key: value for key, value in notes.items() if key.startswith("teacher_")},
-                **describe_scores(teacher_scores, cfg.protocol, classes.names),
-            },
-            "name": cfg.name,
-            "terms": criterion.weights,
-            "seed": cfg.seed,
-            "epochs": trainer.current_epoch,
-            "steps": trainer.global_step,
-            "minutes": round((time.time() - started) / 60, 2),
-            "parameters": count_parameters(student, criterion),
-            "resumed_from": ckpt_path,
-            "sha256": {"student.safetensors": sha256(run_dir / "student.safetensors")},
-            "versions": versions(),
-        }
-        write_results(results, run_dir)
-        networks = {"teacher": teacher_network if teacher is not None else None, "student": student}
-        save_report_pictures(run_dir, data, networks, cfg.pictures)
-        print_scores({"teacher": teacher_scores, "student": scores}, classes.names, cfg.protocol)
-        log.info("the deployable student is %s", run_dir / "student.safetensors")
-
-
-def evaluate(cfg: DictConfig) -> None:
-    """Score one file of weights on the validation split; prints the table and writes ``results.json``."""
-    quiet_lightning()
-    data: SegmentationDataModule = instantiate(cfg.data)
-    _, card = read_weights(cfg.weights)
-    if card:  # a file of ours says which network it holds
-        network, _ = load_segmenter(cfg.weights)
-    else:
-        network = instantiate(cfg.student.network, weights=cfg.weights)
-    if network.num_classes != data.num_classes:
-        raise UserError(
-            f"{cfg.weights} has {network.num_classes} classes, the data {cfg.name} has {data.num_classes}; "
-            "choose the experiment that it was trained on"
-        )
-    data.prepare_data()
-    scores = score(cfg, network, data)
+    if not trainer.is_global_zero:
+        return
+    deployed = run_dir / "student.safetensors"
+    save_segmenter(student, deployed, data.classes, **notes)
+    about_teacher = {key: value for key, value in notes.items() if key.startswith("teacher_")}
     results = {
         **describe_scores(scores, cfg.protocol, data.classes.names),
-        "weights": str(cfg.weights),
-        "sha256": sha256(Path(cfg.weights)),
+        "teacher": about_teacher | describe_scores(teacher_scores, cfg.protocol, data.classes.names),
+        "name": cfg.name,
+        "terms": criterion.weights,
+        "seed": cfg.seed,
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "minutes": round((time.time() - started) / 60, 2),
+        "parameters": count_parameters(student, criterion),
+        "resumed_from": ckpt_path,
+        "sha256": {deployed.name: sha256(deployed)},
         "versions": versions(),
     }
-    write_results(results, Path(cfg.run_dir))
-    print_scores({"network": scores}, data.classes.names, cfg.protocol)
+    write_results(results, run_dir)
+    networks = {"teacher": teacher_network if teacher is not None else None, "student": student}
+    save_report_pictures(run_dir, data, networks, cfg.pictures)
+    print_scores({"teacher": teacher_scores, "student": scores}, data.classes.names, cfg.protocol)
+    log.info("the deployable student is %s", deployed)
 
 
 def find_checkpoint(cfg: DictConfig) -> str | None:
@@ -128,7 +106,9 @@ def find_checkpoint(cfg: DictConfig) -> str | None:
         path = found[-1]
     _, card = read_weights(path)  # a missing or damaged file shows here
     if not card:
-        raise UserError(f"ckpt_path={path} is no checkpoint of a run; to start from its weights say student.weights={path}")
+        raise UserError(
+            f"ckpt_path={path} is no checkpoint of a run; to start from its weights say student.weights={path}"
+        )
     log.info("going on from %s", path)
     return str(path)
 
@@ -241,14 +221,6 @@ def check_teacher(cfg: DictConfig, network: Segmenter, data: SegmentationDataMod
     return scores
 
 
-def count_parameters(student: Segmenter, criterion: Criterion) -> dict[str, int]:
-    """Parameters of the deployed student, and of what is trained around it."""
-    return {
-        "student": sum(p.numel() for p in student.parameters()),
-        "training_modules": sum(p.numel() for p in criterion.parameters()),
-    }
-
-
 def log_sizes(student: Segmenter, criterion: Criterion) -> None:
     """Say what is deployed and what is dropped after training."""
     count = count_parameters(student, criterion)
@@ -259,30 +231,9 @@ def log_sizes(student: Segmenter, criterion: Criterion) -> None:
     )
 
 
-def describe_scores(scores: Scores | None, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:
-    """Scores as JSON holds them: fractions, None for a class that never occurs."""
-    if scores is None:
-        return {}
-    iou = {
-        name: None if value.isnan() else round(value.item(), 6) for name, value in zip(names, scores.iou, strict=True)
-    }
-    return {
-        "protocol": protocol,
-        "protocol_description": PROTOCOLS[protocol].description,
-        "mIoU": round(scores.miou.item(), 6),
-        "pixel_accuracy": round(scores.pixel_accuracy.item(), 6),
-        "iou": iou,
-    }
-
-
 def serialise(transform: Any) -> dict[str, Any] | None:
     """An Albumentations composition as JSON holds it, so that a file of weights can carry its preprocessing."""
     return transform.to_dict() if transform is not None else None
-
-
-def write_results(results: dict[str, Any], run_dir: Path) -> None:
-    """Write ``results.json``."""
-    write_atomically(run_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
 
 
 def quiet_lightning() -> None:
@@ -296,26 +247,3 @@ def quiet_lightning() -> None:
         ".*in eval mode at the start of training.*",  # the teacher, for good
     ):
         warnings.filterwarnings("ignore", text)
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file, to tell later which one it was."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    import albumentations
-    import timm
-
-    modules = {
-        "transkd": transkd,
-        "torch": torch,
-        "lightning": L,
-        "timm": timm,
-        "albumentations": albumentations,
-    }
-    return {
-        "python": platform.python_version(),
-        **{name: module.__version__ for name, module in modules.items()},
-    }

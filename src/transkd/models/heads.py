@@ -6,7 +6,6 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 __all__ = ["SegformerHead"]
 
 
