@@ -96,6 +96,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.protocol, self.seed = protocol, seed
         self._splits: dict[str, SegmentationDataset] = {}
+        self._next_epoch = 0
 
     def prepare_data(self) -> None:
         """Draw what is to be drawn; Lightning calls this on one process alone."""
@@ -125,6 +126,7 @@ class SegmentationDataModule(L.LightningDataModule):
                 f"{len(dataset)} training images; lower it"
             )
         sampler = SeededSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed, drop_last=True)
+        sampler.set_epoch(self._next_epoch)  # Lightning sets it too, but only after loading processes ran ahead
         return self._loader(dataset, self.batch_size, sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -132,6 +134,15 @@ class SegmentationDataModule(L.LightningDataModule):
         dataset = self.dataset("val")
         world_size, rank = self._place()
         return self._loader(dataset, self.eval_batch_size, range(rank, len(dataset), world_size), drop_last=False)
+
+    def state_dict(self) -> dict[str, int]:
+        """Into a checkpoint: the epoch that a resumed run starts with."""
+        assert self.trainer is not None
+        return {"next_epoch": self.trainer.current_epoch + int(self.trainer.is_last_batch)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Out of a checkpoint."""
+        self._next_epoch = state_dict["next_epoch"]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Labels travel as uint8 and become int64 on the device."""
