@@ -38,6 +38,10 @@ class SegformerHead(nn.Module):
     with conv_i the slice of the convolution that belongs to stage i: one C_i→width map per stage at the stage's own
     resolution. Same parameters, same value and gradients up to rounding, about half the arithmetic.
 
+    Its layers start from PyTorch's default initialisation. MiT's, with σ = sqrt(2 / fan_out), makes the first logits
+    of a classifier with few outputs so large that training from random weights loses several points of mIoU
+    (docs/results.md).
+
     Args:
         in_channels: width of each stage, shallowest first.
         width: channels inside the head.
