@@ -146,6 +146,12 @@ def build_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
     return instantiate(cfg.trainer, **{**built, **changes})
 
 
+def build_side_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
+    """The same Trainer, writing nothing: for scores and for the teacher's own training."""
+    progress = [instantiate(cfg.callbacks.progress)] if "progress" in cfg.callbacks else []
+    return build_trainer(cfg, callbacks=progress, logger=False, enable_checkpointing=False, **changes)
+
+
 def fit(trainer: L.Trainer, distiller: Distiller, data: SegmentationDataModule, ckpt_path: str | None = None) -> None:
     """Train to the end, or stop with a word on how to go on."""
     trainer.fit(distiller, datamodule=data, ckpt_path=ckpt_path)
@@ -156,8 +162,7 @@ def fit(trainer: L.Trainer, distiller: Distiller, data: SegmentationDataModule, 
 def score(cfg: DictConfig, network: Segmenter, data: SegmentationDataModule) -> Scores:
     """Score a network on the validation split under the configured protocol."""
     distiller = Distiller(network, Criterion({}), data.classes, protocol=cfg.protocol)
-    progress = [instantiate(cfg.callbacks.progress)] if "progress" in cfg.callbacks else []
-    trainer = build_trainer(cfg, callbacks=progress, logger=False, enable_checkpointing=False)
+    trainer = build_side_trainer(cfg)
     was_training = network.training
     trainer.validate(distiller, datamodule=data, verbose=False)
     network.train(was_training)
@@ -191,14 +196,7 @@ def fit_teacher(cfg: DictConfig, network: Segmenter, data: SegmentationDataModul
     log.info("teacher: training %s for %d epochs first", network.name, cfg.teacher.fit.max_epochs)
     task = Criterion({"task": instantiate(cfg.criterion.terms.task)})
     distiller = Distiller(network, task, data.classes, **training_settings(cfg))
-    progress = [instantiate(cfg.callbacks.progress)] if "progress" in cfg.callbacks else []
-    trainer = build_trainer(
-        cfg,
-        max_epochs=cfg.teacher.fit.max_epochs,
-        callbacks=progress,
-        logger=False,
-        enable_checkpointing=False,
-    )
+    trainer = build_side_trainer(cfg, max_epochs=cfg.teacher.fit.max_epochs)
     fit(trainer, distiller, data)
     if trainer.is_global_zero:
         notes = {"experiment": f"{cfg.name}, teacher", "eval_transform": serialise(data.eval_transform)}
