@@ -12,8 +12,9 @@ from transkd.data.classes import ClassSet
 from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.metrics import Scores, SegmentationScore
-from transkd.models import FrozenTeacher, Segmenter
-from transkd.models.weights import CARD, describe
+from transkd.models import FrozenTeacher, Network
+from transkd.models.sources import CARD
+from transkd.models.weights import describe
 
 __all__ = ["Distiller"]
 
@@ -37,7 +38,7 @@ class Distiller(L.LightningModule):
 
     def __init__(
         self,
-        student: Segmenter,
+        student: Network,
         criterion: Criterion,
         classes: ClassSet,
         teacher: FrozenTeacher | None = None,

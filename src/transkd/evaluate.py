@@ -15,18 +15,19 @@ def evaluate(cfg: "DictConfig") -> None:
     from hydra.utils import instantiate
 
     from transkd.errors import UserError
-    from transkd.models import load_segmenter
+    from transkd.models import load_segmenter, load_weights
     from transkd.models.weights import read_weights
     from transkd.report import describe_scores, print_scores, sha256, versions, write_results
     from transkd.run import quiet_lightning, score
 
     quiet_lightning()
     data = instantiate(cfg.data)
-    _, card = read_weights(cfg.weights)
-    if card:  # a file of ours says which network it holds
-        network, _ = load_segmenter(cfg.weights)
+    weights = read_weights(cfg.weights)
+    if weights.recipe is not None:
+        network, _ = load_segmenter(weights)
     else:
-        network = instantiate(cfg.student.network, weights=cfg.weights)
+        network = instantiate(cfg.student.network)
+        load_weights(network, weights)
     if network.num_classes != data.num_classes:
         raise UserError(
             f"{cfg.weights} has {network.num_classes} classes, the data {cfg.name} has {data.num_classes}; "

@@ -19,7 +19,7 @@ from transkd.data import SegmentationDataModule
 from transkd.files import write_atomically
 from transkd.losses import Criterion
 from transkd.metrics import PROTOCOLS, Scores
-from transkd.models import Segmenter
+from transkd.models import Network
 from transkd.pictures import colourise, draw_curves, save_sheet
 
 __all__ = [
@@ -49,7 +49,7 @@ def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], 
 
 
 def save_report_pictures(
-    run_dir: Path, data: SegmentationDataModule, networks: Mapping[str, Segmenter | None], count: int
+    run_dir: Path, data: SegmentationDataModule, networks: Mapping[str, Network | None], count: int
 ) -> None:
     """``pictures/predictions.png`` (image | label | each network, evenly spaced images) and ``pictures/curves.png``."""
     folder = run_dir / "pictures"
@@ -93,7 +93,7 @@ def write_results(results: dict[str, Any], run_dir: Path) -> None:
     write_atomically(run_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
 
 
-def count_parameters(student: Segmenter, criterion: Criterion) -> dict[str, int]:
+def count_parameters(student: Network, criterion: Criterion) -> dict[str, int]:
     """Parameters of the deployed student, and of what is trained around it."""
     return {
         "student": sum(p.numel() for p in student.parameters()),
@@ -101,9 +101,9 @@ def count_parameters(student: Segmenter, criterion: Criterion) -> dict[str, int]
     }
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file, to tell later which one it was."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def sha256(path: Path) -> str | None:
+    """Hash of a file, to tell later which one it was; None for a folder or a hub's address."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,9 @@ from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.metrics import Scores
-from transkd.models import FrozenTeacher, Segmenter, load_weights, save_segmenter
+from transkd.models import FrozenTeacher, Network, load_weights, save_segmenter
+from transkd.models.initialise import start_from_teacher
+from transkd.models.lineage import as_teacher, check_license_policy, merge_lineage
 from transkd.models.weights import read_weights
 from transkd.report import (
     count_parameters,
@@ -47,13 +49,14 @@ def run(cfg: DictConfig) -> None:
     L.seed_everything(cfg.seed, verbose=False)
 
     data: SegmentationDataModule = instantiate(cfg.data)
-    student: Segmenter = instantiate(cfg.student.network)  # before the teacher: its start must not depend on one
+    student = build_student(cfg)  # before the teacher: its start must not depend on one
     criterion, teacher_network = build_criterion(cfg, student)
     if getattr(rank_zero_only, "rank", 0) == 0:
         save_resolved(cfg, run_dir / "config.yaml")
         data.prepare_data()
     data.dataset("train"), data.dataset("val")  # a mistake in the data shows here, before anything long
     log_sizes(student, criterion)
+    rehearse(student, teacher_network, criterion, data)
 
     teacher, teacher_scores = None, None
     notes: dict[str, Any] = {"experiment": cfg.name, "eval_transform": serialise(data.eval_transform)}
@@ -61,6 +64,11 @@ def run(cfg: DictConfig) -> None:
         notes |= prepare_teacher(cfg, teacher_network, data)
         teacher_scores = check_teacher(cfg, teacher_network, data)
         teacher = FrozenTeacher(teacher_network, criterion.needs)
+        if cfg.student.from_teacher:
+            start_from_teacher(student, teacher_network)
+        student.lineage = merge_lineage(student.lineage, as_teacher(teacher_network.lineage))
+    elif cfg.student.from_teacher:
+        raise UserError("student.from_teacher=true, but no term reads a teacher; choose one with distill=…")
 
     distiller = Distiller(student, criterion, data.classes, teacher, notes=notes, **training_settings(cfg))
     trainer = build_trainer(cfg)
@@ -104,8 +112,7 @@ def find_checkpoint(cfg: DictConfig) -> str | None:
         if not found:
             raise UserError(f"ckpt_path=last: no checkpoints/last.ckpt in any run under {folder.absolute()}")
         path = found[-1]
-    _, card = read_weights(path)  # a missing or damaged file shows here
-    if not card:
+    if not read_weights(path).card.get("transkd_version"):  # a missing or damaged file shows in reading
         raise UserError(
             f"ckpt_path={path} is no checkpoint of a run; to start from its weights say student.weights={path}"
         )
@@ -113,7 +120,16 @@ def find_checkpoint(cfg: DictConfig) -> str | None:
     return str(path)
 
 
-def build_criterion(cfg: DictConfig, student: Segmenter) -> tuple[Criterion, Segmenter | None]:
+def build_student(cfg: DictConfig) -> Network:
+    """The student with the weights that it starts from."""
+    student: Network = instantiate(cfg.student.network)
+    if cfg.student.weights is not None:
+        load_weights(student, cfg.student.weights, cfg.student.classifier, cfg.student.license)
+    check_license_policy(student.lineage, cfg.license_policy, f"the student {student.name}")
+    return student
+
+
+def build_criterion(cfg: DictConfig, student: Network) -> tuple[Criterion, Network | None]:
     """The criterion, and the teacher's network where there are terms beside the task's."""
     cfg.channels.student = list(student.channels)
     teacher = None
@@ -122,6 +138,25 @@ def build_criterion(cfg: DictConfig, student: Segmenter) -> tuple[Criterion, Seg
         teacher = instantiate(cfg.teacher.network)
         cfg.channels.teacher = list(teacher.channels)
     return instantiate(cfg.criterion), teacher
+
+
+def rehearse(student: Network, teacher: Network | None, criterion: Criterion, data: SegmentationDataModule) -> None:
+    """One image through everything before anything long begins: networks that a term cannot pair show here."""
+    if student.num_classes != data.num_classes:
+        raise UserError(f"{student.name} gives {student.num_classes} classes, the data has {data.num_classes}")
+    if teacher is not None and "logits" in criterion.needs and teacher.num_classes != data.num_classes:
+        raise UserError(
+            f"a term compares logits, but the teacher {teacher.name} has {teacher.num_classes} classes and the data "
+            f"{data.num_classes}; choose terms that read features or embeddings alone (csf, pea, ea, gl_mixer)"
+        )
+    image, target, _ = data.dataset("train")[0]
+    parts = [part for part in (student, teacher, criterion) if part is not None]
+    modes = [part.training for part in parts]
+    with torch.no_grad(), torch.random.fork_rng():
+        ours, theirs = (part and part.eval()(image[None]) for part in (student, teacher))
+        criterion.eval()(ours, theirs, target[None])
+    for part, mode in zip(parts, modes, strict=True):
+        part.train(mode)
 
 
 def training_settings(cfg: DictConfig) -> dict[str, Any]:
@@ -159,7 +194,7 @@ def fit(trainer: L.Trainer, distiller: Distiller, data: SegmentationDataModule, 
         raise UserError(f"interrupted at epoch {trainer.current_epoch}; go on with ckpt_path=last")
 
 
-def score(cfg: DictConfig, network: Segmenter, data: SegmentationDataModule) -> Scores:
+def score(cfg: DictConfig, network: Network, data: SegmentationDataModule) -> Scores:
     """Score a network on the validation split under the configured protocol."""
     distiller = Distiller(network, Criterion({}), data.classes, protocol=cfg.protocol)
     trainer = build_side_trainer(cfg)
@@ -170,16 +205,17 @@ def score(cfg: DictConfig, network: Segmenter, data: SegmentationDataModule) -> 
     return distiller.scores
 
 
-def prepare_teacher(cfg: DictConfig, network: Segmenter, data: SegmentationDataModule) -> dict[str, Any]:
+def prepare_teacher(cfg: DictConfig, network: Network, data: SegmentationDataModule) -> dict[str, Any]:
     """Give the teacher its weights, training it first where that is asked for; says where they come from."""
     path = cfg.teacher.weights
     if path is None:
         path = fit_teacher(cfg, network, data)
-    load_weights(network, path)
+    load_weights(network, path, license=cfg.teacher.license)
+    check_license_policy(network.lineage, cfg.license_policy, f"the teacher {network.name}")
     return {"teacher_weights": str(path), "teacher_sha256": sha256(Path(path)), "teacher_name": network.name}
 
 
-def fit_teacher(cfg: DictConfig, network: Segmenter, data: SegmentationDataModule) -> Path:
+def fit_teacher(cfg: DictConfig, network: Network, data: SegmentationDataModule) -> Path:
     """Train the teacher under the student's recipe and keep it; a later run with the same settings finds it."""
     if not cfg.teacher.fit.max_epochs:
         raise UserError(
@@ -206,8 +242,11 @@ def fit_teacher(cfg: DictConfig, network: Segmenter, data: SegmentationDataModul
     return path
 
 
-def check_teacher(cfg: DictConfig, network: Segmenter, data: SegmentationDataModule) -> Scores:
+def check_teacher(cfg: DictConfig, network: Network, data: SegmentationDataModule) -> Scores | None:
     """Score the teacher; a teacher that knows nothing stops the run."""
+    if network.num_classes != data.num_classes:
+        log.info("teacher: not scored, since it has %d classes and the data %d", network.num_classes, data.num_classes)
+        return None
     scores = score(cfg, network, data)
     log.info("teacher: mIoU %.2f %% (%s)", 100 * scores.miou, cfg.protocol)
     if not scores.miou >= cfg.teacher.min_miou:
@@ -219,7 +258,7 @@ def check_teacher(cfg: DictConfig, network: Segmenter, data: SegmentationDataMod
     return scores
 
 
-def log_sizes(student: Segmenter, criterion: Criterion) -> None:
+def log_sizes(student: Network, criterion: Criterion) -> None:
     """Say what is deployed and what is dropped after training."""
     count = count_parameters(student, criterion)
     log.info(

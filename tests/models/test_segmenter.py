@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from transkd.errors import UserError
-from transkd.models import SEGMENTERS, create_segmenter
+from transkd.models import create_segmenter
 from transkd.outputs import EVERYTHING
 
 PIXELS = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -73,7 +73,9 @@ def test_wrong_input_is_named(b0, shape):
 
 
 def test_unknown_networks_are_named():
-    with pytest.raises(UserError, match=r"unknown network 'segformer_b9'; available: segformer_b0, .*segformer_b5"):
+    with pytest.raises(
+        UserError, match=r"unknown network 'segformer_b9'; near it: segformer_b\d.* There are segformer_b0, .*lvt"
+    ):
         create_segmenter("segformer_b9", num_classes=2)
 
 
@@ -91,7 +93,7 @@ def test_predicts_ids_at_the_size_asked_for(b0, size):
 
 
 def test_drop_path_rate_reaches_the_encoder():
-    network = create_segmenter("segformer_b0", num_classes=2, drop_path_rate=0.35)
+    network = create_segmenter("segformer_b0", num_classes=2, encoder={"drop_path_rate": 0.35})
     assert network.encoder.block4[1].drop_path.drop_prob == pytest.approx(0.35)
 
 
@@ -200,7 +202,7 @@ def test_logits_are_those_of_transformers_at_full_size(theirs, name, size):
     check_parity(theirs, name, size)
 
 
-@pytest.mark.parametrize("name", SEGMENTERS)
+@pytest.mark.parametrize("name", SIZES)
 def test_size_is_that_of_transformers(theirs, name):
     with torch.device("meta"):
         assert count(create_segmenter(name, num_classes=19)) == count(theirs(name, 19))

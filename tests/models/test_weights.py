@@ -15,7 +15,8 @@ import torch
 from transkd.data.classes import CAMVID
 from transkd.errors import UserError
 from transkd.models import create_segmenter, load_segmenter, load_weights, save_segmenter
-from transkd.models.weights import CARD, describe, read_weights
+from transkd.models.sources import CARD
+from transkd.models.weights import describe, read_weights
 
 
 def equal(network, tensors):
@@ -225,11 +226,20 @@ def test_loading_is_strict(saved, fresh, change, message):
     assert equal(fresh, before)
 
 
-def test_a_foreign_file_says_nothing_of_its_network(tmp_path, trained):
+def test_a_foreign_file_says_nothing_of_its_network(tmp_path):
     path = tmp_path / "foreign.pth"
-    torch.save(published(trained), path)
-    with pytest.raises(UserError, match=r"foreign.pth does not say which network.*create_segmenter\(name"):
+    torch.save({"layer1.0.conv1.weight": torch.zeros(4, 3, 3, 3)}, path)
+    with pytest.raises(UserError, match=r"foreign.pth does not say which network.*looks like a ResNet.*student=…"):
         load_segmenter(path)
+
+
+def test_a_whole_segformer_of_anybodys_builds_itself(tmp_path, trained):
+    path = tmp_path / "segformer.pth"
+    torch.save(published(trained), path)
+    network, card = load_segmenter(path)
+    assert (network.name, network.num_classes, card["num_classes"]) == ("segformer_b0", 5, 5)
+    trained.head.linear_fuse.bn.num_batches_tracked.zero_()  # the file has none
+    assert equal(network, trained.state_dict())
 
 
 # What is no file of weights
@@ -261,7 +271,7 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
 
 def test_missing(tmp_path):
     refused(tmp_path / "nowhere.pth", "weights file not found")
-    refused(tmp_path, "weights file not found")
+    refused(tmp_path, r"is no folder of weights: expected config.json beside model.safetensors")
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 9, 100, -1])
@@ -273,7 +283,7 @@ def test_truncated(tmp_path, kind, size):
         safetensors.torch.save_file(tensors, path)
     else:
         torch.save(tensors, path, _use_new_zipfile_serialization=kind == "torch")
-    assert read_weights(path)[0].keys() == tensors.keys()
+    assert read_weights(path).tensors.keys() == tensors.keys()
     path.write_bytes(path.read_bytes()[:size])
     refused(path, r"damaged|is no readable weights file")
 

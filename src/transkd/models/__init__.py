@@ -1,18 +1,27 @@
 """Networks: encoders, heads, the Segmenter, the frozen teacher, and weights in and out."""
 
-from transkd.models.factory import SEGMENTERS, create_segmenter
+from transkd.models.deeplab import DeepLabV3PlusHead
+from transkd.models.factory import HEADS, SEGMENTERS, create_segmenter
+from transkd.models.fpn import SemanticFPNHead
 from transkd.models.heads import SegformerHead
 from transkd.models.mit import MixTransformer
+from transkd.models.network import Network
 from transkd.models.segmenter import Segmenter
 from transkd.models.teacher import FrozenTeacher
+from transkd.models.timm_encoder import TimmEncoder
 from transkd.models.weights import load_segmenter, load_weights, save_segmenter
 
 __all__ = [
+    "HEADS",
     "SEGMENTERS",
+    "DeepLabV3PlusHead",
     "FrozenTeacher",
     "MixTransformer",
+    "Network",
     "SegformerHead",
     "Segmenter",
+    "SemanticFPNHead",
+    "TimmEncoder",
     "create_segmenter",
     "load_segmenter",
     "load_weights",

@@ -1,46 +1,88 @@
 """Networks by name."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
+from torch import nn
 
 from transkd.errors import UserError
-from transkd.models import mit  # noqa: F401  (registers MiT with timm)
+from transkd.models.deeplab import DeepLabV3PlusHead
+from transkd.models.fpn import SemanticFPNHead
 from transkd.models.heads import SegformerHead
-from transkd.models.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
+from transkd.models.lineage import CODE, RANDOM
+from transkd.models.lvt import LiteVisionTransformer
+from transkd.models.mit import VARIANTS
+from transkd.models.segmenter import Segmenter
+from transkd.models.timm_encoder import TimmEncoder
 
-__all__ = ["SEGMENTERS", "create_segmenter"]
+__all__ = ["HEADS", "SEGMENTERS", "create_segmenter"]
 
-SEGMENTERS: dict[str, tuple[str, int]] = {
-    "segformer_b0": ("mit_b0", 256),
-    "segformer_b1": ("mit_b1", 256),
-    "segformer_b2": ("mit_b2", 768),
-    "segformer_b3": ("mit_b3", 768),
-    "segformer_b4": ("mit_b4", 768),
-    "segformer_b5": ("mit_b5", 768),
+
+class Recipe(NamedTuple):
+    """What a named network is made of."""
+
+    encoder: str
+    head: str
+    width: int
+    args: Mapping[str, Any] = {}  # for the encoder
+
+
+SEGMENTERS: dict[str, Recipe] = {
+    "segformer_b0": Recipe("mit_b0", "segformer", 256),
+    "segformer_b1": Recipe("mit_b1", "segformer", 256),
+    "segformer_b2": Recipe("mit_b2", "segformer", 768),
+    "segformer_b3": Recipe("mit_b3", "segformer", 768),
+    "segformer_b4": Recipe("mit_b4", "segformer", 768),
+    "segformer_b5": Recipe("mit_b5", "segformer", 768),
+    "lvt": Recipe("lvt", "segformer", 256),
+    "pvt_v2_b0": Recipe("pvt_v2_b0", "fpn", 256),
+    "pvt_v2_b1": Recipe("pvt_v2_b1", "fpn", 256),
+    "pvt_v2_b2": Recipe("pvt_v2_b2", "fpn", 256),
+    "pvt_v2_b3": Recipe("pvt_v2_b3", "fpn", 256),
+    "pvt_v2_b4": Recipe("pvt_v2_b4", "fpn", 256),
+    "pvt_v2_b5": Recipe("pvt_v2_b5", "fpn", 256),
+    "deeplabv3plus_resnet101": Recipe("resnet101", "deeplabv3plus", 256, {"output_stride": 16}),
 }
-"""Name -> (timm encoder, width of the SegFormer head)."""
+"""Networks with a name of their own; any other name is taken for a timm encoder."""
+
+HEADS: dict[str, Callable[[Sequence[int], int, int], nn.Module]] = {
+    "segformer": SegformerHead,
+    "fpn": SemanticFPNHead,
+    "deeplabv3plus": DeepLabV3PlusHead,
+}
+"""Decode heads, each built from the stages' channels, a width and the number of classes."""
 
 
 def create_segmenter(
     name: str,
     num_classes: int,
     weights: str | Path | None = None,
-    drop_path_rate: float = 0.1,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    head: str | None = None,
+    width: int | None = None,
+    encoder: Mapping[str, Any] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    classifier: str = "same",
+    license: str | None = None,
 ) -> Segmenter:
     """Build a segmentation network by name.
 
     Args:
-        name: one of ``SEGMENTERS`` (``segformer_b0`` … ``segformer_b5``).
+        name: one of ``SEGMENTERS`` (``segformer_b0`` …, ``lvt``, ``pvt_v2_b2`` …, ``deeplabv3plus_resnet101``), or
+            any timm network with four stages (``convnext_tiny``).
         num_classes: number of classes K.
-        weights: file to start from (see ``transkd.models.weights.load_weights``); None starts from random weights.
-        drop_path_rate: stochastic depth of the encoder's last block.
-        mean: subtracted from RGB in [0, 1]; a full set of weights brings its own.
+        weights: where to start from, see ``transkd.models.load_weights``; None starts from random weights.
+        head: one of ``HEADS``; the named networks have their own, others take ``segformer``.
+        width: channels inside the head; the head's usual number where not given.
+        encoder: arguments for the encoder (``drop_path_rate``, ``output_stride``, …).
+        mean: subtracted from RGB in [0, 1]. A trained network's weights bring their own; where not given, the
+            weights' or ImageNet's.
         std: divides what is left.
+        classifier: "same" wants weights for the same classes, "new" starts the classifier at random.
+        license: of the weights, where their file does not say.
 
     Raises:
         UserError: unknown name, or weights that do not fit.
@@ -49,16 +91,41 @@ def create_segmenter(
         >>> network = create_segmenter("segformer_b0", num_classes=19)
         >>> round(sum(p.numel() for p in network.parameters()) / 1e6, 2)
         3.72
+        >>> create_segmenter("resnet18", num_classes=5, head="fpn", width=128).channels
+        (64, 128, 256, 512)
     """
-    if name not in SEGMENTERS:
-        raise UserError(f"unknown network {name!r}; available: {', '.join(SEGMENTERS)}")
-    encoder_name, width = SEGMENTERS[name]
-    encoder: Any = timm.create_model(encoder_name, num_classes=0, drop_path_rate=drop_path_rate)
-    head = SegformerHead(encoder.channels, width, num_classes)
-    network = Segmenter(encoder, head, num_classes, mean, std)
+    if name not in SEGMENTERS and not timm.is_model(name):
+        near = get_close_matches(name, [*SEGMENTERS, *timm.list_models()], n=3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise UserError(
+            f"unknown network {name!r}{hint}. There are {', '.join(SEGMENTERS)}, and every name of timm.list_models()"
+        )
+    recipe = SEGMENTERS.get(name) or Recipe(name, "segformer", 256)
+    head = head or recipe.head
+    if head not in HEADS:
+        raise UserError(f"unknown head {head!r}; there are: {', '.join(HEADS)}")
+    built = _create_encoder(recipe.encoder, {**recipe.args, **(encoder or {})})
+    decoder = HEADS[head](built.channels, width or recipe.width, num_classes)
+    network = Segmenter(built, decoder, num_classes, mean, std)
     network.name = name
+    given = {"head": head, "width": width, "encoder": dict(encoder) if encoder else None}
+    own = {"head": recipe.head} if name in SEGMENTERS else {}
+    network.recipe = {
+        "name": name,
+        "num_classes": num_classes,
+        **{key: value for key, value in given.items() if value is not None and own.get(key) != value},
+    }
+    network.lineage = [CODE, RANDOM]
     if weights is not None:
         from transkd.models.weights import load_weights
 
-        load_weights(network, weights)
+        load_weights(network, weights, classifier, license)
     return network
+
+
+def _create_encoder(name: str, args: dict[str, Any]) -> Any:
+    if name == "lvt":
+        return LiteVisionTransformer(**args)
+    if name in VARIANTS:
+        return timm.create_model(name, num_classes=0, **args)
+    return TimmEncoder(name, **args)

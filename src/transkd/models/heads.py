@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["SegformerHead"]
+__all__ = ["FusedSegformerHead", "SegformerHead"]
 
 
 class _Linear(nn.Module):
@@ -79,13 +80,55 @@ class SegformerHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits at the resolution of the first feature."""
-        size = features[0].shape[-2:]
-        fused: Tensor | None = None
-        for feature, (weight, bias) in zip(features, self.fold(), strict=True):
-            mapped = F.conv2d(feature, weight, bias)
-            if mapped.shape[-2:] != size:
-                mapped = F.interpolate(mapped, size=size, mode="bilinear", align_corners=False)
-            fused = mapped if fused is None else fused + mapped
+        fused = _upsampled_sum(
+            [F.conv2d(feature, *folded) for feature, folded in zip(features, self.fold(), strict=True)]
+        )
         activated = F.relu(self.linear_fuse.bn(fused))
         logits: Tensor = self.linear_pred(self.dropout(activated))
         return logits
+
+    def fuse(self) -> "FusedSegformerHead":
+        """The same head for inference: the folded maps kept as such, BatchNorm and all biases folded in."""
+        bn = self.linear_fuse.bn
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+        maps = self.fold()
+        shift = bn.bias + scale * (torch.stack([bias for _, bias in maps]).sum(0) - bn.running_mean)
+        head = FusedSegformerHead([weight.shape[1] for weight, _ in maps], len(shift), self.linear_pred.out_channels)
+        head.to(shift)
+        with torch.no_grad():
+            for stage, (weight, _) in zip(head.maps, maps, strict=True):
+                cast(nn.Conv2d, stage).weight.copy_(scale[:, None, None, None] * weight)
+            cast(Tensor, head.maps[0].bias).copy_(shift)
+        head.linear_pred.load_state_dict(self.linear_pred.state_dict())
+        return head.eval()
+
+
+class FusedSegformerHead(nn.Module):
+    """What ``SegformerHead.fuse`` gives: one 1×1 convolution a stage, sum, ReLU, classifier; for inference alone.
+
+    Args:
+        in_channels: width of each stage, shallowest first.
+        width: channels inside the head.
+        num_classes: number of outputs K.
+    """
+
+    def __init__(self, in_channels: Sequence[int], width: int, num_classes: int) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Conv2d(n, width, 1, bias=i == 0) for i, n in enumerate(in_channels))
+        self.linear_pred = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits at the resolution of the first feature."""
+        fused = _upsampled_sum([stage(feature) for stage, feature in zip(self.maps, features, strict=True)])
+        logits: Tensor = self.linear_pred(fused.relu_())
+        return logits
+
+
+def _upsampled_sum(maps: Sequence[Tensor]) -> Tensor:
+    """Σ of maps, each brought to the size of the first."""
+    total = maps[0]
+    for smaller in maps[1:]:
+        total = total + F.interpolate(smaller, size=total.shape[-2:], mode="bilinear", align_corners=False)
+    return total

@@ -1,23 +1,21 @@
 """The network that users build, train and deploy: normalise, encode, decode."""
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
+from transkd.models.heads import SegformerHead
+from transkd.models.network import Network
 from transkd.outputs import EVERYTHING, SegmentationOutput
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Segmenter"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+__all__ = ["Segmenter"]
 
 
-class Segmenter(nn.Module):
-    """A semantic-segmentation network that owns its normalisation.
+class Segmenter(Network):
+    """An encoder of stages and a decode head.
 
     Its ``state_dict`` is the plain network's: ``encoder.*`` and ``head.*``, nothing of the distillation and no
     normalisation constants.
@@ -27,46 +25,31 @@ class Segmenter(nn.Module):
             the embeddings empty where it has none (``MixTransformer``).
         head: features to logits (``SegformerHead``).
         num_classes: number of classes K.
-        mean: subtracted from RGB in [0, 1].
-        std: divides what is left.
+        mean: subtracted from RGB in [0, 1]; ImageNet's where not given.
+        std: divides what is left; ImageNet's where not given.
 
     Shapes:
         image [B, 3, H, W], uint8 or float in [0, 1] -> SegmentationOutput.
 
     Example:
+        >>> import torch
         >>> from transkd.models import create_segmenter
         >>> network = create_segmenter("segformer_b0", num_classes=19).eval()
         >>> network(torch.zeros(1, 3, 64, 96, dtype=torch.uint8)).logits.shape
         torch.Size([1, 19, 16, 24])
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         encoder: nn.Module,
         head: nn.Module,
         num_classes: int,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
-        super().__init__()
-        self.name: str | None = None  # set by create_segmenter; by it a file of weights can rebuild the network
+        super().__init__(encoder.channels, num_classes, mean, std)  # type: ignore[arg-type]
         self.encoder: Any = encoder
         self.head = head
-        self.channels: tuple[int, ...] = tuple(encoder.channels)  # type: ignore[arg-type]
-        self.num_classes = num_classes
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-
-    def normalise(self, image: Tensor) -> Tensor:
-        """RGB [B, 3, H, W], uint8 or float in [0, 1], to the network's input."""
-        if image.ndim != 4 or image.shape[1] != 3:
-            raise UserError(f"expected RGB images [B, 3, H, W], got a tensor of shape {list(image.shape)}")
-        if image.dtype == torch.uint8:
-            image = image.to(self.mean.dtype) / 255
-        return (image - self.mean) / self.std
 
     def forward(self, image: Tensor, needs: Collection[str] = EVERYTHING) -> SegmentationOutput:
         """Run the network; the decode head only when ``needs`` names "logits"."""
@@ -75,9 +58,14 @@ class Segmenter(nn.Module):
         logits = self.head(features) if "logits" in needs else None
         return SegmentationOutput(logits, features, embeddings, image)
 
-    @torch.no_grad()
-    def predict(self, image: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Class ids [B, H, W] of images [B, 3, h, w]; ``size`` (H, W) is the image's own where not given."""
-        logits = self(image, needs={"logits"}).logits
-        size = tuple(size or image.shape[-2:])
-        return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False).argmax(1)
+    def fuse(self) -> "Segmenter":
+        """A copy for inference whose head has its BatchNorm folded in: same output, fewer operations.
+
+        Raises:
+            UserError: the head has no such form (only SegFormer's has).
+        """
+        if not isinstance(self.head, SegformerHead):
+            raise UserError(f"fuse() is for the SegFormer head; {self.name} has a {type(self.head).__name__}")
+        fused = copy.deepcopy(self)
+        fused.head = self.head.fuse()
+        return fused.eval()

@@ -2,12 +2,13 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
+import timm
 import torch
 from torch import Tensor
 
@@ -15,7 +16,12 @@ import transkd
 from transkd.errors import UserError
 from transkd.files import write_atomically
 from transkd.models.factory import create_segmenter
+from transkd.models.formats import looks_like
+from transkd.models.lineage import describe_lineage, merge_lineage
+from transkd.models.network import Network
 from transkd.models.segmenter import Segmenter
+from transkd.models.sources import CARD, NVIDIA_NAMING, Weights, read_weights
+from transkd.models.timm_encoder import TimmEncoder
 from transkd.models.transkd_checkpoint import split_transkd_checkpoint
 
 __all__ = [
@@ -29,18 +35,19 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-CARD = "transkd"
-"""The key under which our files describe their network: in safetensors metadata as JSON, in checkpoints as a dict."""
+CLASSIFIERS = ("head.linear_pred.", "head.classifier.")
 
 
-def describe(network: Segmenter, classes: tuple[Any, Any] | None = None, **notes: Any) -> dict[str, Any]:
+def describe(network: Network, classes: tuple[Any, Any] | None = None, **notes: Any) -> dict[str, Any]:
     """What a file must say so that its network can be built and used again without any config."""
     card: dict[str, Any] = {
         "transkd_version": transkd.__version__,
         "name": network.name,
         "num_classes": network.num_classes,
+        "recipe": network.recipe,
         "mean": network.mean.flatten().tolist(),
         "std": network.std.flatten().tolist(),
+        "lineage": network.lineage,
         **notes,
     }
     if classes is not None:
@@ -48,11 +55,12 @@ def describe(network: Segmenter, classes: tuple[Any, Any] | None = None, **notes
     return card
 
 
-def save_segmenter(network: Segmenter, path: str | Path, classes: tuple[Any, Any] | None = None, **notes: Any) -> None:
+def save_segmenter(network: Network, path: str | Path, classes: tuple[Any, Any] | None = None, **notes: Any) -> None:
     """Write the plain network and its description to one safetensors file, whole or not at all.
 
     Args:
-        network: built by ``create_segmenter``.
+        network: built by ``create_segmenter``, or any other ``Network``; the latter's file holds the tensors under
+            the wrapped module's own names and cannot build it again.
         path: file to write; replaced only once the new one is complete.
         classes: names and palette (``transkd.data.classes.ClassSet``), for pictures and tables later.
         notes: anything else worth keeping that JSON can hold.
@@ -62,118 +70,139 @@ def save_segmenter(network: Segmenter, path: str | Path, classes: tuple[Any, Any
     write_atomically(path, content)
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The student's tensors in a file, under our names where the format is known, and its card (empty if foreign).
+def load_segmenter(source: str | Path | Weights) -> tuple[Segmenter, dict[str, Any]]:
+    """Build the network that weights describe, and load them; gives the network and what is known of it.
 
-    Known by content: our ``student.safetensors``, our Lightning checkpoints, MiT checkpoints in the published naming
-    (ImageNet encoders and whole SegFormers), TransKD checkpoints of the authors. Pickles are read with
-    ``weights_only=True``: nothing in them is executed.
+    Our own files and folders say which network they hold; a whole SegFormer of anybody's is told by its tensors.
 
     Raises:
-        UserError: no such file, or one that holds no readable weights.
+        UserError: neither is the case (build it with ``create_segmenter(..., weights=source)``).
     """
-    content, card = _read_file(Path(path))
-    tensors: Any = content
-    for wrapper in ("state_dict", "model"):
-        if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapper), Mapping):
-            tensors = tensors[wrapper]
-    tensors = {k: v for k, v in tensors.items() if isinstance(v, Tensor)} if isinstance(tensors, Mapping) else {}
-    if not tensors:
-        raise UserError(f"{path} holds no weights: expected a mapping of names to tensors")
-    return _our_names(tensors), card
-
-
-def _read_file(path: Path) -> tuple[Any, dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"weights file not found: {path}")
-    with path.open("rb") as file:
-        start = file.read(16)
-    # A safetensors file begins with the length of its JSON header (8 bytes) and the header's brace.
-    if start[8:9] == b"{":
-        try:
-            with safetensors.safe_open(path, framework="pt") as archive:
-                tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
-                return tensors, json.loads((archive.metadata() or {}).get(CARD, "{}"))
-        except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is a damaged safetensors file ({error}); copy or download it again") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of damaged bytes torch raises whatever its parser trips over
+    weights = source if isinstance(source, Weights) else read_weights(source)
+    recipe = weights.recipe
+    if recipe is None:
+        what = looks_like(weights.tensors)
         raise UserError(
-            f"{path} is no readable weights file: expected safetensors or a PyTorch checkpoint of plain tensors, got "
-            f"{path.stat().st_size} bytes that are damaged, foreign or hold other objects "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from error
-    return content, dict(content.get(CARD, {})) if isinstance(content, Mapping) else {}
+            f"{weights.source} does not say which network it holds{f' (it looks like {what})' if what else ''}; "
+            "give the network: student=… on the command line, create_segmenter(name, num_classes, weights=…) in Python"
+        )
+    network = create_segmenter(**recipe)
+    load_weights(network, weights)
+    return network, weights.card
 
 
-def _our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.encoder.")}
-    if ours:  # our Lightning checkpoint
-        ours.update({k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.head.")})
-        return ours
-    plain = {k.removeprefix("module."): v for k, v in tensors.items()}
-    if "student.patch_embed1.proj.weight" in plain:  # the authors' distillation checkpoint
-        return split_transkd_checkpoint(plain)["student"]
-    if "patch_embed1.proj.weight" in plain:  # MiT alone (ImageNet, with its classifier) or a whole SegFormer
-        plain = {k: v for k, v in plain.items() if k not in ("head.weight", "head.bias")}
-        return split_transkd_checkpoint({f"student.{k}": v for k, v in plain.items()})["student"]
-    return tensors
+def load_weights(
+    network: Network,
+    source: str | Path | Weights,
+    classifier: str = "same",
+    license: str | None = None,
+) -> None:
+    """Load weights into a network: every tensor, or a clear error.
 
+    What is not strict is a rule, and logged: an encoder alone (ImageNet) leaves the decode head at its random
+    start; the authors' 20th output ("ignore") is dropped for 19 classes; ``classifier="new"`` leaves a classifier of
+    another size at its random start. Normalisation and licence lineage come with the weights; those of an encoder alone
+    leave a normalisation that was chosen.
 
-def load_weights(network: Segmenter, path: str | Path) -> None:
-    """Load a file into a network: every tensor, or a clear error.
-
-    Two explicit rules, both logged: an encoder alone (ImageNet) leaves the decode head at its random start; a
-    classifier with one row more than the network has (the authors' 20th output, "ignore") loses its last row.
-    A file of ours brings its normalisation with it.
+    Args:
+        network: to load into; left as it is when anything does not fit.
+        source: see ``read_weights``, or what that gave.
+        classifier: "same" or "new".
+        license: of the weights, where they do not say themselves.
 
     Raises:
-        UserError: names the first tensors that differ.
+        UserError: names the first tensors that differ, and what the file looks like instead.
     """
-    tensors, card = read_weights(path)
+    if classifier not in ("same", "new"):
+        raise UserError(f"classifier is 'same' or 'new', got {classifier!r}")
+    weights = source if isinstance(source, Weights) else read_weights(source)
     expected = network.state_dict()
-    if any(k.startswith("encoder.") for k in tensors) and not any(k.startswith("head.") for k in tensors):
-        log.info("%s holds an encoder alone; the decode head starts from random weights", path)
-        tensors = {**{k: v for k, v in expected.items() if k.startswith("head.")}, **tensors}
+    tensors = dict(weights.tensors if isinstance(network, Segmenter) else weights.original)
+    if isinstance(network, Segmenter) and isinstance(network.encoder, TimmEncoder):
+        tensors = _from_timm_names(network, tensors)
+    encoder_alone = _complete_head(tensors, expected, weights.source)
+    _drop_ignore_output(tensors, expected, weights.source)
+    if classifier == "new":
+        _renew_classifier(tensors, expected, weights.source)
+    _check_fit(expected, tensors, network, weights)
+    network.load_state_dict(tensors, strict=True)
+    if "mean" in weights.card and not (encoder_alone and network.normalisation_chosen):
+        network.mean.copy_(torch.tensor(weights.card["mean"]).view(3, 1, 1))
+        network.std.copy_(torch.tensor(weights.card["std"]).view(3, 1, 1))
+    network.lineage = _lineage(weights, license)
+    log.info("%s: loaded %s; %s", network.name, weights.source, describe_lineage(network.lineage))
+
+
+def _from_timm_names(network: Segmenter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A timm file's names -> those of timm's feature extractor; the classifier and what leads to it are left out."""
+    ours = {name.removeprefix("encoder.") for name in network.encoder.state_dict(prefix="encoder.")}
+    if all(name.removeprefix("encoder.") in ours for name in tensors if not name.startswith("head.")):
+        return tensors
+    with torch.device("meta"):  # what the whole network has beyond the four stages
+        whole = set(timm.create_model(network.encoder.architecture).state_dict())
+    renamed = {}
+    for name, tensor in tensors.items():
+        plain = name.removeprefix("encoder.")
+        flat = re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", plain)
+        found = next((full for full in (f"body.model.{plain}", f"body.{plain}", f"body.{flat}") if full in ours), None)
+        if found is not None:
+            renamed[f"encoder.{found}"] = tensor
+        elif plain not in whole:
+            renamed[name] = tensor  # foreign: to be named in the error
+    return renamed
+
+
+def _complete_head(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], source: str) -> bool:
+    """An encoder alone gets the head that the network has."""
+    encoder = any(name.startswith("encoder.") for name in tensors)
+    if not encoder or any(name.startswith("head.") for name in tensors):
+        return False
+    log.info("%s holds an encoder alone; the decode head starts from random weights", source)
+    tensors.update({name: tensor for name, tensor in expected.items() if name.startswith("head.")})
+    return True
+
+
+def _drop_ignore_output(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
     for name in ("head.linear_pred.weight", "head.linear_pred.bias"):
         if name in tensors and name in expected and len(tensors[name]) == len(expected[name]) + 1 == 20:
-            log.info("%s: dropped the 20th output (ignore) of %s", path, name)
+            log.info("%s: dropped the 20th output (ignore) of %s", source, name)
             tensors[name] = tensors[name][:-1]
-    _check_fit(expected, tensors, network, path)
-    network.load_state_dict(tensors, strict=True)
-    if card:
-        network.mean.copy_(torch.tensor(card["mean"]).view(3, 1, 1))
-        network.std.copy_(torch.tensor(card["std"]).view(3, 1, 1))
 
 
-def _check_fit(expected: dict[str, Tensor], got: dict[str, Tensor], network: Segmenter, path: str | Path) -> None:
-    differing = [
-        f"{name}: expected {list(expected[name].shape)}, got {list(got[name].shape)}"
-        for name in expected
-        if name in got and expected[name].shape != got[name].shape
-    ]
-    missing = [f"{name}: missing in the file" for name in expected if name not in got]
-    unexpected = [f"{name}: not in the network" for name in got if name not in expected]
-    problems = differing + missing + unexpected
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+def _renew_classifier(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    for name in expected:
+        if name.startswith(CLASSIFIERS) and name in tensors and tensors[name].shape != expected[name].shape:
+            log.info("%s: %s starts from random weights (classifier=new)", source, name)
+            tensors[name] = expected[name]
+
+
+def _check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], network: Network, weights: Weights) -> None:
+    differing = [name for name in expected if name in got and expected[name].shape != got[name].shape]
+    problems = [f"{name}: expected {list(expected[name].shape)}, got {list(got[name].shape)}" for name in differing]
+    problems += [f"{name}: missing in the file" for name in expected if name not in got]
+    problems += [f"{name}: not in the network" for name in got if name not in expected]
+    if not problems:
+        return
+    if len(problems) == len(differing) and all(name.startswith(CLASSIFIERS) for name in differing):
         raise UserError(
-            f"{path} does not fit {network.name or 'this network'} with {network.num_classes} classes: "
-            f"{'; '.join(problems[:3])}{more}. Choose the network that the file was made with"
+            f"{weights.source} has {len(got[differing[0]])} classes, {network.name} was built for "
+            f"{network.num_classes}: {problems[0]}. A student starts its classifier at random with "
+            f"student.classifier=new; a teacher keeps its own with teacher.network.num_classes={len(got[differing[0]])}"
         )
+    what = looks_like(got)
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    raise UserError(
+        f"{weights.source} does not fit {network.name} with {network.num_classes} classes: "
+        f"{'; '.join(problems[:3])}{more}. {f'It looks like {what}. ' if what else ''}"
+        "Choose the network that the file was made with"
+    )
 
 
-def load_segmenter(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
-    """Build the network that a file of ours describes, with its weights; gives the network and the card.
-
-    Raises:
-        UserError: the file says nothing of its network (build it with ``create_segmenter(..., weights=path)``).
-    """
-    _, card = read_weights(path)
-    if not card.get("name"):
-        raise UserError(
-            f"{path} does not say which network it holds, so it is no file of transkd's; "
-            "give the network: from Python create_segmenter(name, num_classes, weights=path)"
-        )
-    return create_segmenter(card["name"], card["num_classes"], weights=path), card
+def _lineage(weights: Weights, license: str | None) -> list[dict[str, str | None]]:
+    """The weights' own; what nobody stated, or the naming alone suggests, takes the user's word."""
+    entries = []
+    for entry in weights.lineage:
+        unsaid = entry["license"] is None or NVIDIA_NAMING in str(entry["source"])
+        stated = license is not None and entry["part"] == "weights" and unsaid
+        entries.append({**entry, "license": license} if stated else entry)
+    return merge_lineage(entries)

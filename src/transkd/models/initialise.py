@@ -1,0 +1,80 @@
+"""A student's first weights from its teacher."""
+
+import logging
+
+from torch import Tensor, nn
+
+from transkd.errors import UserError
+from transkd.models.lineage import merge_lineage
+from transkd.models.network import Network
+
+__all__ = ["start_from_teacher"]
+
+log = logging.getLogger(__name__)
+
+
+def start_from_teacher(student: Network, teacher: Network) -> None:
+    """Copy the teacher's weights into a student of the same widths and, stage by stage, at most its depth.
+
+    Of a stage with d_t blocks in the teacher and d_s in the student, block j of the student takes block
+    ``j·d_t // d_s`` of the teacher, so every k-th where d_t = k·d_s (DistilBERT, arXiv 1910.01108, section 3). A
+    decode head of another size stays at its random start, which is logged.
+
+    Args:
+        student: changed in place; left as it is when anything does not fit.
+        teacher: of the same kind of encoder.
+
+    Raises:
+        UserError: the encoders differ in more than depth, such as in width.
+
+    Example:
+        >>> from transkd.models import create_segmenter
+        >>> teacher, student = create_segmenter("segformer_b1", 5), create_segmenter("segformer_b1", 5)
+        >>> start_from_teacher(student, teacher)
+        >>> bool((student.head.linear_pred.weight == teacher.head.linear_pred.weight).all())
+        True
+    """
+    theirs, ours = teacher.state_dict(), student.state_dict()
+    blocks = _shortened_lists(student, teacher)
+    sources = {name: _source_name(name, blocks) for name in ours}
+    unlike = [
+        name for name, source in sources.items() if source not in theirs or theirs[source].shape != ours[name].shape
+    ]
+    if any(not name.startswith("head.") for name in unlike):
+        name = next(name for name in unlike if not name.startswith("head."))
+        raise UserError(
+            f"student.from_teacher: {name} is {list(ours[name].shape)} in {student.name} and "
+            f"{_shape(theirs.get(sources[name]))} in {teacher.name}. A student can start from a teacher of the same "
+            "kind and widths that is at least as deep, such as segformer_b1 from segformer_b2"
+        )
+    if unlike:  # a head of another width: none of it, since its layers belong together
+        log.info("student.from_teacher: the decode heads differ in size; the student's starts from random weights")
+        sources = {name: source for name, source in sources.items() if not name.startswith("head.")}
+    student.load_state_dict({**ours, **{name: theirs[source] for name, source in sources.items()}})
+    for name, (count, of) in blocks.items():
+        kept = [j * of // count for j in range(count)]
+        log.info("student.from_teacher: %s takes the teacher's blocks %s of %d", name, kept, of)
+    student.lineage = merge_lineage(student.lineage, teacher.lineage)
+
+
+def _shortened_lists(student: nn.Module, teacher: nn.Module) -> dict[str, tuple[int, int]]:
+    """Names of the lists of blocks that are shorter in the student, with both lengths."""
+    lists = (nn.ModuleList, nn.Sequential)
+    deeper = {name: len(module) for name, module in teacher.named_modules() if isinstance(module, lists)}
+    return {
+        name: (len(module), deeper[name])
+        for name, module in student.named_modules()
+        if isinstance(module, lists) and 0 < len(module) < deeper.get(name, 0)
+    }
+
+
+def _source_name(name: str, blocks: dict[str, tuple[int, int]]) -> str:
+    for prefix, (count, of) in blocks.items():
+        if name.startswith(f"{prefix}."):
+            index, rest = name[len(prefix) + 1 :].split(".", 1)
+            return f"{prefix}.{int(index) * of // count}.{rest}"
+    return name
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(list(tensor.shape))

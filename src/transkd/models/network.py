@@ -1,0 +1,72 @@
+"""What every network of transkd has in common: it owns its normalisation and knows its classes and origin."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transkd.errors import UserError
+from transkd.models.lineage import Lineage
+from transkd.outputs import EVERYTHING, SegmentationOutput
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Network"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Network(nn.Module):
+    """A segmentation network: image in, ``SegmentationOutput`` out.
+
+    ``Segmenter`` (an encoder and a head) and ``Tapped`` (any module with named taps) are the two there are. The
+    constants of the normalisation are no part of the ``state_dict``, which stays the plain network's.
+
+    Args:
+        channels: width of each stage, shallowest first.
+        num_classes: number of classes K; 0 for a network that gives no logits.
+        mean: subtracted from RGB in [0, 1].
+        std: divides what is left.
+
+    Attributes:
+        name: what the network is called in messages, logs and files.
+        recipe: the arguments of ``create_segmenter`` that build it again; None where there are none.
+        normalisation_chosen: whether mean and std were given; weights of an encoder alone then leave them.
+        lineage: where its code and its weights come from, and under which licences.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, channels: Sequence[int], num_classes: int, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> None:
+        super().__init__()
+        self.name: str = type(self).__name__
+        self.recipe: dict[str, Any] | None = None
+        self.lineage: Lineage = []
+        self.channels = tuple(channels)
+        self.num_classes = num_classes
+        self.normalisation_chosen = mean is not None
+        self.register_buffer("mean", torch.tensor(mean or IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """RGB [B, 3, H, W], uint8 or float in [0, 1], to the network's input."""
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise UserError(f"expected RGB images [B, 3, H, W], got a tensor of shape {list(image.shape)}")
+        if image.dtype == torch.uint8:
+            image = image.to(self.mean.dtype) / 255
+        return (image - self.mean) / self.std
+
+    def forward(self, image: Tensor, needs: Collection[str] = EVERYTHING) -> SegmentationOutput:
+        """Run the network; what ``needs`` does not name may be left out."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def predict(self, image: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Class ids [B, H, W] of images [B, 3, h, w]; ``size`` (H, W) is the image's own where not given."""
+        logits = self(image, needs={"logits"}).logits
+        size = tuple(size or image.shape[-2:])
+        return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False).argmax(1)
