@@ -23,6 +23,8 @@ OPTIONS = sorted(
     for path in CONF.glob("*/**/*.yaml")
     if not path.stem.startswith("_")  # what the options of a group share
 )
+# options that ask for what the user alone can know, and for which value of the network
+OPEN_ENDED = {"timm": "name", "module": "module"}
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
 
 
@@ -58,7 +60,12 @@ def test_the_tree_is_walked():
 
 @pytest.mark.parametrize("root", ROOTS)
 def test_a_command_asks_for_no_more_than_the_user_alone_can_know(root):
-    asked = {"train": [], "evaluate": ["weights"], "predict": ["weights", "input"]}
+    asked = {
+        "train": [],
+        "evaluate": ["weights"],
+        "predict": ["weights", "input"],
+        "export": ["weights", "format", "output"],
+    }
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(root)
     check_resolved(cfg, missing=asked[root])
@@ -68,12 +75,17 @@ def test_a_command_asks_for_no_more_than_the_user_alone_can_know(root):
 def test_every_option_is_an_override(composed, group, option):
     defaults = {key for entry in OmegaConf.load(CONF / "train.yaml").defaults if entry != "_self_" for key in entry}
     chosen = f"[{option}]" if group == "term" else option
-    resolved = check_resolved(composed(f"{group}={chosen}" if group in defaults else f"+{group}={chosen}"))
+    cfg = composed(f"{group}={chosen}" if group in defaults else f"+{group}={chosen}")
+    asked = OPEN_ENDED.get(option) if group in ("student", "teacher") else None
+    if asked is not None:
+        assert OmegaConf.is_missing(cfg[group].network, asked)
+        cfg[group].network[asked] = option
+    resolved = check_resolved(cfg)
     if group == "term":
         header = (CONF / group / f"{option}.yaml").read_text().splitlines()[0]
         assert header.rsplit(".", 1)[1] in resolved["criterion"]["terms"]
     elif group in ("student", "teacher"):
-        assert resolved[group]["network"]["name"] == option
+        assert resolved[group]["network"].get("name", option) == option
 
 
 @pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "distill"])

@@ -1,17 +1,12 @@
 """Files that are written whole or not at all."""
 
-import io
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
-
-import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 
 from transkd.errors import UserError
 
-__all__ = ["AtomicCheckpointIO", "write_atomically"]
+__all__ = ["write_atomically"]
 
 
 def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
@@ -46,13 +41,3 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints through ``write_atomically``; its own go through the system's temporary folder."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Serialise in memory, then write."""
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_atomically(path, buffer.getbuffer())

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from transkd.cli import save_resolved
 from transkd.data import SegmentationDataModule
+from transkd.data.datamodule import collate
 from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.losses import Criterion
@@ -24,6 +25,7 @@ from transkd.models import FrozenTeacher, Network, load_weights, save_segmenter
 from transkd.models.initialise import start_from_teacher
 from transkd.models.lineage import as_teacher, check_license_policy, merge_lineage
 from transkd.models.weights import read_weights
+from transkd.outputs import SegmentationOutput
 from transkd.report import (
     count_parameters,
     describe_scores,
@@ -149,14 +151,27 @@ def rehearse(student: Network, teacher: Network | None, criterion: Criterion, da
             f"a term compares logits, but the teacher {teacher.name} has {teacher.num_classes} classes and the data "
             f"{data.num_classes}; choose terms that read features or embeddings alone (csf, pea, ea, gl_mixer)"
         )
-    image, target, _ = data.dataset("train")[0]
+    image, target, _ = collate([data.dataset("train")[0]])
     parts = [part for part in (student, teacher, criterion) if part is not None]
     modes = [part.training for part in parts]
     with torch.no_grad(), torch.random.fork_rng():
-        ours, theirs = (part and part.eval()(image[None]) for part in (student, teacher))
-        criterion.eval()(ours, theirs, target[None])
+        ours, theirs = (part and show(part.eval(), image) for part in (student, teacher))
+        criterion.eval()(ours, theirs, target.long())
     for part, mode in zip(parts, modes, strict=True):
         part.train(mode)
+
+
+def show(network: Network, image: torch.Tensor) -> SegmentationOutput:
+    """A network's output for an image, or a word on its size."""
+    try:
+        return network(image)
+    except (RuntimeError, AssertionError) as error:
+        height, width = image.shape[-2:]
+        raise UserError(
+            f"{network.name} cannot take an image of {height}×{width} as the data gives it ({error}). A network of "
+            "fixed size needs its own: change the crop in data.train_transform, or the network's img_size "
+            "(student.network.encoder, teacher.network.encoder)"
+        ) from error
 
 
 def training_settings(cfg: DictConfig) -> dict[str, Any]:

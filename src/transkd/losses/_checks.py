@@ -90,6 +90,8 @@ def stage_pairs(
         )
     _check_channels(term, "student", kind, ours, term.student_channels)
     _check_channels(term, "teacher", kind, theirs, term.teacher_channels)
+    if kind == "embeddings":  # maps can be resized, tokens cannot
+        _check_grids(term, student, shown)
     return [(mine, other.detach()) for mine, other in zip(ours, theirs, strict=True)]
 
 
@@ -102,6 +104,22 @@ def _check_channels(
             f"{_name(term)} was built with {who}_channels={expected}, but the {who}'s {kind} have {got}. "
             f"Build it with {who}_channels={got}."
         )
+
+
+def _check_grids(term: StagewiseTerm, student: SegmentationOutput, teacher: SegmentationOutput | None) -> None:
+    assert teacher is not None
+    for i, (ours, theirs) in enumerate(zip(student.embeddings, teacher.embeddings, strict=True), start=1):
+        if ours.shape[1] != theirs.shape[1]:
+            raise UserError(
+                f"{_name(term)} pairs patch embeddings position by position, but stage {i} has {ours.shape[1]} tokens "
+                f"in the student ({_image_size(student)}) and {theirs.shape[1]} in the teacher "
+                f"({_image_size(teacher)}). Choose networks whose stages have the same strides and give both the same "
+                "images, or choose a term that reads features or logits, such as csf or cwd."
+            )
+
+
+def _image_size(output: SegmentationOutput) -> str:
+    return "image {}×{}".format(*output.image.shape[-2:])
 
 
 def _name(term: object) -> str:

@@ -68,5 +68,7 @@ class Network(nn.Module):
     def predict(self, image: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Class ids [B, H, W] of images [B, 3, h, w]; ``size`` (H, W) is the image's own where not given."""
         logits = self(image, needs={"logits"}).logits
+        if logits is None:
+            raise UserError(f"{self.name} gives no logits, so it predicts no classes")
         size = tuple(size or image.shape[-2:])
         return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False).argmax(1)

@@ -1,4 +1,4 @@
-"""Where weights lie (a file, a folder, a hub) and what is said beside them: tensors, normalisation, classes, licence."""
+"""Where weights lie (file, folder, hub) and what is said beside them: tensors, normalisation, classes, licence."""
 
 import json
 import logging

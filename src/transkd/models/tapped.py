@@ -25,13 +25,13 @@ class Tapped(Network):
 
     One random image at construction tells how wide each tap is and how it lies in memory; every forward checks that
     this still holds and that each tap fires exactly once. The taps are forward hooks; they leave the module when the
-    ``Tapped`` is deleted, and copies and pickles of it have their own.
+    ``Tapped`` is deleted. Its copies and pickles have hooks of their own (Hugging Face's SegFormer does not pickle
+    once it has run, with or without taps, so it cannot be sent to spawned processes).
 
     The ``state_dict`` is the wrapped module's own, name by name, also inside a LightningModule, so a trained student
-    loads into the bare module. ``torch.compile`` works where it works on the module, without graph breaks of ours; a
-    module that was compiled and run before it is tapped does not fire. Gradient checkpointing inside the module works
-    unless it is reentrant, which shows a tap without gradient. One forward at a time: DistributedDataParallel and
-    not DataParallel.
+    loads into the bare module. ``torch.compile`` meets no graph breaks in the taps. Gradient checkpointing within the
+    module works where it is not reentrant; reentrant, a tap inside shows no gradient. One forward at a time:
+    DistributedDataParallel, not DataParallel.
 
     Args:
         module: takes a normalised image [B, 3, H, W]; is not copied.

@@ -1,0 +1,173 @@
+"""Write docs/models.md: size, arithmetic and speed of the networks, beside the same ones of other libraries.
+
+python scripts/model_table.py [--size 512 1024] [--rounds 3] [--no-latency] [--names segformer_b0 …] [--output FILE]
+
+Arithmetic is counted on the meta device, where it costs nothing; times are taken as scripts/benchmark.py takes them.
+"""
+
+import argparse
+import datetime
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import benchmark
+import torch
+
+from transkd.models import SEGMENTERS, SegformerHead
+from transkd.models.mit import VARIANTS
+
+OUTPUT = Path(__file__).parents[1] / "docs" / "models.md"
+CLASSES = 19
+EXAMPLES = {
+    "swin_tiny_patch4_window7_224": "fpn",
+    "convnext_tiny": "segformer",
+    "resnet50": "fpn",
+    "efficientvit_b0": "segformer",
+}
+"""timm networks that stand for all the others, with the head that they get here."""
+
+LIBRARIES = {"transformers": "transformers", "smp": "smp, stride 4"}
+"""Who builds the SegFormers too, and the alternative of benchmark.py that ends where ours ends."""
+
+
+class Counted(NamedTuple):
+    """What can be said of a network without running it."""
+
+    name: str
+    head: str
+    parameters: int
+    gflop_drawn_out: float | None  # None for other heads than SegFormer's
+    gflop: float
+    strides: tuple[int, ...]
+    embeddings: bool
+
+
+class Timed(NamedTuple):
+    """Seconds of one forward, and how many times as long the other libraries take."""
+
+    seconds: float
+    ratios: dict[str, float]
+
+
+def head_of(name: str) -> str:
+    """The head that a network of the table has."""
+    return SEGMENTERS[name].head if name in SEGMENTERS else EXAMPLES[name]
+
+
+@torch.no_grad()
+def count(name: str, size: Sequence[int]) -> Counted:
+    """Parameters, arithmetic and taps."""
+    with torch.device("meta"):
+        network = benchmark.build_network(name, CLASSES, head_of(name))
+        image = torch.empty(1, 3, *size)
+        output = network(image)
+        best = benchmark.build_ours(network)[-1]
+        drawn_out = None
+        if isinstance(network.head, SegformerHead):
+            drawn = benchmark.build_drawn_out(network)[0]
+            drawn_out = benchmark.count_gflop(lambda: drawn.logits(image))
+        return Counted(
+            name,
+            head_of(name),
+            sum(parameter.numel() for parameter in network.parameters()),
+            drawn_out,
+            benchmark.count_gflop(lambda: best.logits(image)),
+            tuple(round(size[0] / feature.shape[2]) for feature in output.features),
+            bool(output.embeddings),
+        )
+
+
+@torch.inference_mode()
+def measure(name: str, size: Sequence[int], rounds: int) -> Timed:
+    """Time of ours, and of the same network in the libraries that have it, in the same turns."""
+    network = benchmark.build_network(name, CLASSES, head_of(name))
+    image = torch.randn(1, 3, *size)
+    libraries = LIBRARIES if getattr(SEGMENTERS.get(name), "encoder", None) in VARIANTS else {}
+    alternatives = {found.name: found for found in benchmark.build_alternatives(network, list(libraries))}
+    best = benchmark.best_of_ours(alternatives)
+    chosen = [alternatives[key] for key in (best, *libraries.values())]
+    benchmark.compare_logits(chosen, image)  # the first warm-up
+    runs = {key: lambda logits=logits: logits(image) for key, _, logits in chosen}
+    median = {key: statistics.median(times) for key, times in benchmark.take_turns(runs, rounds, warmup=1).items()}
+    return Timed(median[best], {library: median[key] / median[best] for library, key in libraries.items()})
+
+
+def as_cells(counted: Counted, timed: Timed | None, latency: bool) -> list[str]:
+    """A row of the table."""
+    drawn_out = "–" if counted.gflop_drawn_out is None else f"{counted.gflop_drawn_out:.1f}"
+    cells = [counted.name, counted.head, f"{counted.parameters / 1e6:.2f}", drawn_out, f"{counted.gflop:.1f}"]
+    if latency and timed:
+        cells += [f"{timed.seconds:.2f}"]
+        cells += [f"{timed.ratios[key]:.1f}×" if key in timed.ratios else "–" for key in LIBRARIES]
+    strides = " ".join(map(str, counted.strides))
+    return [*cells, strides, "yes" if counted.embeddings else "–"]
+
+
+def write_page(rows: Sequence[Sequence[str]], args: argparse.Namespace, machine: str) -> str:
+    """The whole page."""
+    header = ["network", "head", "parameters M", "GFLOP drawn out", "GFLOP"]
+    if args.latency:
+        header += ["seconds", "transformers", "smp"]
+    header += ["strides of the features", "embeddings"]
+    height, width = args.size
+    command = shlex.join(["python", "scripts/model_table.py", *args.command_line])
+    lines = [
+        "# Networks",
+        "",
+        f"Written by `{command}` on {datetime.date.today()}; do not edit by hand.",
+        "",
+        f"Every name of `transkd.models.SEGMENTERS`, and below it some of timm's, with {CLASSES} classes, random weights",
+        f"and one image of {height}×{width}. Any other timm network with four stages from stride 4 on works too.",
+        "",
+        benchmark.as_markdown(header, rows),
+        "",
+        "- **parameters**: of the network as it trains.",
+        "- **GFLOP**: 2 per multiply-add, counted by `torch.utils.flop_counter`. *Drawn out* is the SegFormer head",
+        "  computed step by step, as its paper draws it; the next column is what runs here: that head folded, with its",
+        "  BatchNorm (`Segmenter.fuse()`). Other heads have one way to be computed.",
+    ]
+    if args.latency:
+        lines += [
+            f"- **seconds**: one forward, median of {args.rounds} after two of warm-up, float32: fused where the head is",
+            "  SegFormer's, without labels, upsampling or transfers.",
+            "- **transformers**, **smp** (segmentation_models.pytorch): how many times as long the same network with the",
+            "  same weights takes there, measured in turn with ours; all end with the logits at stride 4. Their logits",
+            f"  agree with ours to {benchmark.TOLERANCE:g} of the largest, else nothing is timed.",
+            f"- **machine**: {machine}.",
+        ]
+    lines += [
+        "- **taps**: every network shows its logits and four features at the strides given; **embeddings** says whether it",
+        "  shows patch embeddings too, which `pea`, `gl_mixer` and `ea` read.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, write the page."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    names = [*SEGMENTERS, *EXAMPLES]
+    parser.add_argument("--names", nargs="+", default=names, choices=names, metavar="NAME", help="default: all")
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 1024), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--rounds", type=int, default=3, help="timed turns of each network")
+    parser.add_argument("--no-latency", dest="latency", action="store_false", help="leave out what takes minutes")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args(arguments)
+    args.command_line = arguments
+
+    torch.manual_seed(0)
+    machine = benchmark.say_machine(benchmark.describe_machine(torch.device("cpu")))
+    rows = []
+    for name in args.names:
+        print(name, file=sys.stderr)
+        timed = measure(name, args.size, args.rounds) if args.latency else None
+        rows.append(as_cells(count(name, args.size), timed, args.latency))
+    args.output.write_text(write_page(rows, args, machine), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
