@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -165,9 +165,9 @@ def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write_json(path: Path, args: argparse.Namespace, content: Mapping[str, Any]) -> None:
     """Keep a measurement with the command line that made it."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("measure", "json")}
-    head = {"command": shlex.join(["benchmark.py", *args.command_line]), "date": str(datetime.date.today())}
-    del settings["command_line"]
+    settings = {name: value for name, value in vars(args).items() if name not in ("measure", "json", "command_line")}
+    command = shlex.join(["python", "scripts/benchmark.py", *args.command_line])
+    head = {"command": command, "date": str(datetime.date.today())}
     path.write_text(json.dumps({**head, "settings": settings, **content}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -204,11 +204,7 @@ def build_network(name: str, classes: int, head: str | None = None) -> Segmenter
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
         for module in network.head.modules():
-            if (
-                isinstance(module, nn.BatchNorm2d)
-                and module.running_mean is not None
-                and module.running_var is not None
-            ):
+            if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
     return network
@@ -229,7 +225,7 @@ def best_of_ours(names: Container[str]) -> str:
 
 
 def _logits(network: Segmenter, image: Tensor) -> Tensor:
-    return cast(Tensor, network(image, needs={"logits"}).logits)
+    return network(image, needs={"logits"}).logits
 
 
 def build_drawn_out(network: Segmenter) -> list[Alternative]:
@@ -253,8 +249,7 @@ def draw_out(head: SegformerHead, features: Sequence[Tensor]) -> Tensor:
         drawn = tokens.transpose(1, 2).unflatten(2, feature.shape[-2:])
         maps.append(F.interpolate(drawn, size=features[0].shape[-2:], mode="bilinear", align_corners=False))
     fused = head.linear_fuse.conv(torch.cat(maps[::-1], dim=1))
-    logits: Tensor = head.linear_pred(head.dropout(F.relu(head.linear_fuse.bn(fused))))
-    return logits
+    return head.linear_pred(head.dropout(F.relu(head.linear_fuse.bn(fused))))
 
 
 def build_transformers(network: Segmenter) -> list[Alternative]:
@@ -284,9 +279,8 @@ def build_smp(network: Segmenter) -> list[Alternative]:
         encoder, encoder_weights=None, decoder_segmentation_channels=_width(network), classes=network.num_classes
     ).eval()
     prefixes = {ours: theirs for theirs, ours in SMP.items()}
-    ours = network.state_dict()
     renamed = {}
-    for name, tensor in ours.items():
+    for name, tensor in network.state_dict().items():
         prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
         renamed[prefixes[prefix] + name.removeprefix(prefix)] = tensor
     model.load_state_dict(renamed)
@@ -313,7 +307,7 @@ def _segformer_encoder(network: Segmenter, option: str) -> str:
 
 
 def _width(network: Segmenter) -> int:
-    return cast(int, network.head.linear_pred.in_channels)
+    return network.head.linear_pred.in_channels
 
 
 AGAINST: dict[str, Callable[[Segmenter], list[Alternative]]] = {
@@ -377,10 +371,7 @@ def make_rows(
     distances: Mapping[str, float],
 ) -> list[Row]:
     """Time, arithmetic and memory of every alternative."""
-    runs: dict[str, Run] = {
-        name: lambda logits=logits: logits(image)  # type: ignore[misc]
-        for name, _, logits in alternatives
-    }
+    runs = {name: lambda logits=logits: logits(image) for name, _, logits in alternatives}
     seconds = take_turns(runs, rounds)
     ours = statistics.median(seconds[best_of_ours(seconds)])
     rows = []
@@ -422,37 +413,34 @@ def as_text(row: Row) -> list[str]:
     ]
 
 
-@torch.inference_mode()
 def forward(args: argparse.Namespace) -> None:
     """Image to logits, beside other ways to compute the same logits."""
     device, dtype = prepare(args)
     machine = describe_machine(device)
     alternatives = build_alternatives(build_network(args.network, args.classes), args.against)
     image = torch.randn(args.batch, 3, *args.size)
-    distances = compare_logits(alternatives, image)
-    for alternative in alternatives:
-        alternative.module.to(device, dtype)
-    image = image.to(device, dtype)
+    found: dict[str, Any] = {"machine": machine}
+    with torch.inference_mode():
+        distances = compare_logits(alternatives, image)
+        for alternative in alternatives:
+            alternative.module.to(device, dtype)
+        image = image.to(device, dtype)
+        found["matmul_gflop_per_s"] = matmul_gflop_per_s(device, dtype)
+        rows = make_rows(alternatives, image, args.rounds, device, distances)
+        found["rows"] = [row._asdict() for row in rows]
+        if args.profile:
+            best = next(alternative for alternative in alternatives if alternative.name == best_of_ours(distances))
+            found["operators"] = operator_shares(lambda: best.logits(image), device)
 
-    matmul = matmul_gflop_per_s(device, dtype)
-    rows = make_rows(alternatives, image, args.rounds, device, distances)
     height, width = args.size
     print(
         f"{args.network}, {args.classes} classes, {args.batch}×3×{height}×{width}, {args.dtype}, {args.rounds} rounds"
     )
     print(say_machine(machine))
-    print(f"{args.dtype} product of two 2048×2048 matrices: {matmul:.0f} GFLOP/s\n")
+    print(f"{args.dtype} product of two 2048×2048 matrices: {found['matmul_gflop_per_s']:.0f} GFLOP/s\n")
     print(as_markdown(HEADER, [as_text(row) for row in rows]))
-    found: dict[str, Any] = {
-        "machine": machine,
-        "matmul_gflop_per_s": matmul,
-        "rows": [row._asdict() for row in rows],
-    }
     if args.profile:
-        best = next(alternative for alternative in alternatives if alternative.name == best_of_ours(distances))
-        found["operators"] = operator_shares(lambda: best.logits(image), device)
-        print()
-        print(as_markdown((f"operator of {best.name}", "share %"), _largest(found["operators"])))
+        print(f"\n{as_markdown((f'operator of {best.name}', 'share %'), _largest(found['operators']))}")
     if args.json:
         write_json(args.json, args, found)
 

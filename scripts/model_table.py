@@ -17,6 +17,7 @@ from typing import NamedTuple
 import benchmark
 import torch
 
+from transkd.errors import UserError
 from transkd.models import SEGMENTERS, SegformerHead
 from transkd.models.mit import VARIANTS
 
@@ -81,7 +82,6 @@ def count(name: str, size: Sequence[int]) -> Counted:
         )
 
 
-@torch.inference_mode()
 def measure(name: str, size: Sequence[int], rounds: int) -> Timed:
     """Time of ours, and of the same network in the libraries that have it, in the same turns."""
     network = benchmark.build_network(name, CLASSES, head_of(name))
@@ -90,60 +90,70 @@ def measure(name: str, size: Sequence[int], rounds: int) -> Timed:
     alternatives = {found.name: found for found in benchmark.build_alternatives(network, list(libraries))}
     best = benchmark.best_of_ours(alternatives)
     chosen = [alternatives[key] for key in (best, *libraries.values())]
-    benchmark.compare_logits(chosen, image)  # the first warm-up
     runs = {key: lambda logits=logits: logits(image) for key, _, logits in chosen}
-    median = {key: statistics.median(times) for key, times in benchmark.take_turns(runs, rounds, warmup=1).items()}
+    with torch.inference_mode():
+        benchmark.compare_logits(chosen, image)  # the first warm-up
+        seconds = benchmark.take_turns(runs, rounds, warmup=1)
+    median = {key: statistics.median(times) for key, times in seconds.items()}
     return Timed(median[best], {library: median[key] / median[best] for library, key in libraries.items()})
 
 
-def as_cells(counted: Counted, timed: Timed | None, latency: bool) -> list[str]:
+def as_cells(counted: Counted, timed: Timed | None) -> list[str]:
     """A row of the table."""
     drawn_out = "–" if counted.gflop_drawn_out is None else f"{counted.gflop_drawn_out:.1f}"
     cells = [counted.name, counted.head, f"{counted.parameters / 1e6:.2f}", drawn_out, f"{counted.gflop:.1f}"]
-    if latency and timed:
+    if timed:
         cells += [f"{timed.seconds:.2f}"]
         cells += [f"{timed.ratios[key]:.1f}×" if key in timed.ratios else "–" for key in LIBRARIES]
     strides = " ".join(map(str, counted.strides))
     return [*cells, strides, "yes" if counted.embeddings else "–"]
 
 
+PAGE = """\
+# Networks
+
+Written on {date} by the command below; do not edit by hand.
+
+```bash
+{command}
+```
+
+Every name of `transkd.models.SEGMENTERS`, and below it some of timm's, with {classes} classes, random weights and one
+image of {height}×{width}. Any other timm network with four stages from stride 4 on works too.
+
+{table}
+
+- **parameters**: of the network as it trains.
+- **GFLOP**: 2 per multiply-add, counted by `torch.utils.flop_counter`. *Drawn out* is the SegFormer head computed step
+  by step, as its paper draws it; the next column is what runs here: that head folded, BatchNorm too
+  (`Segmenter.fuse()`). Other heads have one way to be computed.
+{latency}- **taps**: every network shows its logits and four features, at the **strides** given; **embeddings** says
+  whether it shows patch embeddings too, which `pea`, `gl_mixer` and `ea` read.
+"""
+
+LATENCY = """\
+- **seconds**: one forward, float32, median of {rounds} after two of warm-up; fused where the head is SegFormer's.
+- **transformers**, **smp** (segmentation_models.pytorch): how many times as long as ours the same network with the same
+  weights takes there, measured in the same turns. All end with the logits at stride 4; they agree with ours to
+  {tolerance:g} of the largest logit, else nothing is timed.
+- **machine**: {machine}.
+"""
+
+
 def write_page(rows: Sequence[Sequence[str]], args: argparse.Namespace, machine: str) -> str:
     """The whole page."""
-    header = ["network", "head", "parameters M", "GFLOP drawn out", "GFLOP"]
-    if args.latency:
-        header += ["seconds", "transformers", "smp"]
-    header += ["strides of the features", "embeddings"]
-    height, width = args.size
-    command = shlex.join(["python", "scripts/model_table.py", *args.command_line])
-    lines = [
-        "# Networks",
-        "",
-        f"Written by `{command}` on {datetime.date.today()}; do not edit by hand.",
-        "",
-        f"Every name of `transkd.models.SEGMENTERS`, and below it some of timm's, with {CLASSES} classes, random weights",
-        f"and one image of {height}×{width}. Any other timm network with four stages from stride 4 on works too.",
-        "",
-        benchmark.as_markdown(header, rows),
-        "",
-        "- **parameters**: of the network as it trains.",
-        "- **GFLOP**: 2 per multiply-add, counted by `torch.utils.flop_counter`. *Drawn out* is the SegFormer head",
-        "  computed step by step, as its paper draws it; the next column is what runs here: that head folded, with its",
-        "  BatchNorm (`Segmenter.fuse()`). Other heads have one way to be computed.",
-    ]
-    if args.latency:
-        lines += [
-            f"- **seconds**: one forward, median of {args.rounds} after two of warm-up, float32: fused where the head is",
-            "  SegFormer's, without labels, upsampling or transfers.",
-            "- **transformers**, **smp** (segmentation_models.pytorch): how many times as long the same network with the",
-            "  same weights takes there, measured in turn with ours; all end with the logits at stride 4. Their logits",
-            f"  agree with ours to {benchmark.TOLERANCE:g} of the largest, else nothing is timed.",
-            f"- **machine**: {machine}.",
-        ]
-    lines += [
-        "- **taps**: every network shows its logits and four features at the strides given; **embeddings** says whether it",
-        "  shows patch embeddings too, which `pea`, `gl_mixer` and `ea` read.",
-    ]
-    return "\n".join(lines) + "\n"
+    times = ["seconds", *LIBRARIES] if args.latency else []
+    header = ["network", "head", "parameters M", "GFLOP drawn out", "GFLOP", *times, "strides", "embeddings"]
+    said = LATENCY.format(rounds=args.rounds, tolerance=benchmark.TOLERANCE, machine=machine)
+    return PAGE.format(
+        date=datetime.date.today(),
+        command=shlex.join(["python", "scripts/model_table.py", *args.command_line]),
+        classes=CLASSES,
+        height=args.size[0],
+        width=args.size[1],
+        table=benchmark.as_markdown(header, rows),
+        latency=said if args.latency else "",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -162,10 +172,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     machine = benchmark.say_machine(benchmark.describe_machine(torch.device("cpu")))
     rows = []
-    for name in args.names:
-        print(name, file=sys.stderr)
-        timed = measure(name, args.size, args.rounds) if args.latency else None
-        rows.append(as_cells(count(name, args.size), timed, args.latency))
+    try:
+        for name in args.names:
+            print(name, file=sys.stderr)
+            timed = measure(name, args.size, args.rounds) if args.latency else None
+            rows.append(as_cells(count(name, args.size), timed))
+    except UserError as error:
+        sys.exit(f"error: {error}")
     args.output.write_text(write_page(rows, args, machine), encoding="utf-8")
 
 
