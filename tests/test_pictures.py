@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from transkd.data.classes import CITYSCAPES
-from transkd.pictures import colourise, draw_curves, overlay, read_metrics, save_image, save_sheet
+from transkd.pictures import colourise, draw_curves, overlay, palette_of, read_metrics, save_image, save_sheet
 
 METRICS = """epoch,lr-AdamW,step,train/loss_epoch,train/loss_step,train/task,val/full-res/mIoU
 ,0.001,9,,1.5,,
@@ -101,3 +101,13 @@ def test_images_round_trip(tmp_path, shape):
     path = tmp_path / "a" / "b.png"
     save_image(pixels, path)
     assert np.array_equal(np.asarray(Image.open(path)), pixels)
+
+
+def test_a_network_without_colours_gets_some():
+    assert palette_of({"num_classes": 2, "palette": [[1, 2, 3], [4, 5, 6]]}) == [[1, 2, 3], [4, 5, 6]]
+    known = {"num_classes": 19, "class_names": list(CITYSCAPES.names)}
+    assert palette_of(known) == CITYSCAPES.palette
+    made = palette_of({"num_classes": 40})
+    assert len({tuple(colour) for colour in made}) == 40
+    assert all(0 <= part <= 255 for colour in made for part in colour)
+    assert [0, 0, 0] not in made

@@ -2,16 +2,32 @@
 
 import csv
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from colorsys import hsv_to_rgb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-__all__ = ["colourise", "draw_curves", "overlay", "save_sheet"]
+from transkd.data.classes import CLASS_SETS
+
+__all__ = ["colourise", "draw_curves", "overlay", "palette_of", "save_sheet"]
 
 Pixels = npt.NDArray[np.uint8]
+
+
+def palette_of(card: Mapping[str, Any]) -> Sequence[Sequence[int]]:
+    """Colours of a network's classes: its own, those of a known label set, else hues apart from each other."""
+    if card.get("palette"):
+        return card["palette"]
+    for classes in CLASS_SETS.values():
+        if list(classes.names) == card.get("class_names"):
+            return classes.palette
+    # steps of the golden ratio keep neighbouring ids apart
+    hues = [(i * 0.618034) % 1 for i in range(card["num_classes"])]
+    return [[round(255 * part) for part in hsv_to_rgb((hue, 0.75, 0.9))] for hue in hues]
 
 
 def colourise(label: Pixels, palette: Sequence[Sequence[int]]) -> Pixels:

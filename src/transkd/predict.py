@@ -62,13 +62,13 @@ def predict(cfg: "DictConfig") -> None:
 
     from transkd.data.dataset import read_image
     from transkd.models import load_segmenter
-    from transkd.pictures import colourise, overlay, save_image
+    from transkd.pictures import colourise, overlay, palette_of, save_image
 
     base, images = find_images(str(cfg.input))
     network, card = load_segmenter(cfg.weights)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     network.to(device).eval()
-    transform = None
+    palette, transform = palette_of(card), None
     if cfg.resize and card.get("eval_transform"):
         from albumentations import from_dict
 
@@ -81,7 +81,7 @@ def predict(cfg: "DictConfig") -> None:
             failed.append(str(error))
             continue
         ids = segment(network, image, transform)
-        colours = colourise(ids, card["palette"])
+        colours = colourise(ids, palette)
         name = path.relative_to(base).with_suffix(".png")
         for folder, pixels in (
             ("ids", ids),

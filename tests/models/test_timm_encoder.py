@@ -10,7 +10,7 @@ import torch
 
 from transkd.errors import UserError
 from transkd.losses import PEALoss
-from transkd.models import HEADS, Segmenter, TimmEncoder
+from transkd.models import SegformerHead, Segmenter, TimmEncoder
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGE = torch.rand(2, 3, 64, 96, generator=GENERATOR)
@@ -58,6 +58,11 @@ def make(name, **args):
     return TimmEncoder(name, **{**NETWORKS[name].args, **args}).eval()
 
 
+def segmenter(name):
+    encoder = make(name)
+    return Segmenter(encoder, SegformerHead(encoder.channels, 8, 5), 5).eval()
+
+
 def same(actual, expected):
     assert len(actual) == len(expected) > 0
     for a, b in zip(actual, expected, strict=True):
@@ -70,34 +75,30 @@ def tokens(shown, layout):
     return (shown.flatten(1, 2) if layout == "BHWC" else shown.flatten(2).mT).clone()
 
 
-def by_timm_itself(name, encoder, image):
-    """Features and patch embeddings by timm's own network on the encoder's weights, hooked where the table says."""
-    kind = NETWORKS[name]
+def by_timm_itself(name, weights, image):
+    """Features and patch embeddings by timm's own network on these weights, hooked where the table says; and itself."""
+    kind, embeddings = NETWORKS[name], []
     network = timm.create_model(name, features_only=True, **kind.args).eval()
     if name.startswith("swin"):
         network.patch_embed.strict_img_size, network.patch_embed.dynamic_img_pad = False, True
-    network.load_state_dict(encoder.body.state_dict(), strict=True)
-    embeddings = []
+    network.load_state_dict(weights, strict=True)
     for tap in kind.taps:
-        network.get_submodule(tap).register_forward_hook(
-            lambda _, __, shown: embeddings.append(tokens(shown, kind.shows))
-        )
+        network.get_submodule(tap).register_forward_hook(lambda *args: embeddings.append(tokens(args[-1], kind.shows)))
     features = network(image)[-4:]
-    return [f.permute(0, 3, 1, 2) if kind.features == "BHWC" else f for f in features], embeddings
+    return [f.permute(0, 3, 1, 2) if kind.features == "BHWC" else f for f in features], embeddings, network
 
 
 def check_against_timm(name, image):
     encoder = make(name)
     with torch.no_grad():
         features, embeddings = encoder.forward_stages(image)
-        expected, tokens = by_timm_itself(name, encoder, image)
+        expected, expected_embeddings, _ = by_timm_itself(name, encoder.body.state_dict(), image)
     same(features, expected)
     assert encoder.channels == NETWORKS[name].channels == tuple(feature.shape[1] for feature in features)
-    assert isinstance(features, tuple)
     if name in PLAIN:
         assert embeddings == ()
     else:
-        same(embeddings, tokens)
+        same(embeddings, expected_embeddings)
         assert [e.shape for e in embeddings] == [f.flatten(2).mT.shape for f in features]
 
 
@@ -176,15 +177,11 @@ def test_samples_do_not_mix(name):
             torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-4)
 
 
-def copies(encoder):
-    return {"deepcopy": copy.deepcopy(encoder), "pickle": pickle.loads(pickle.dumps(encoder))}
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_copy_records_for_itself(name, how):
+def test_a_copy_records_for_itself(name, duplicate):
     encoder = make(name)
-    twin = copies(encoder)[how]
+    twin = duplicate(encoder)
     mine, its = encoder.forward_stages(IMAGE), encoder.forward_stages(OTHER)
     during = []
     # the copy runs before the original has collected what its own taps saw
@@ -235,32 +232,14 @@ def test_nothing_is_kept_after_a_forward_that_failed():
 
 
 @pytest.mark.parametrize("name", EMBEDDING)
-def test_gradients_of_features_and_embeddings_are_timms(name):
+def test_gradients_are_timms(name):
     encoder = make(name)
-    parameters = list(encoder.body.named_parameters())
-    outcomes = []
-    for stages in (encoder.forward_stages(IMAGE), None):
-        if stages is None:
-            twin = make(name)
-            stages, parameters = by_timm_with_gradients(name, twin)
-        loss = sum(tensor.square().mean() for kind in stages for tensor in kind)
-        outcomes.append(torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True))
-    for (parameter, _), ours, theirs in zip(parameters, *outcomes, strict=True):
-        assert (ours is None) == (theirs is None), parameter
-        if ours is not None:
-            torch.testing.assert_close(ours, theirs, msg=lambda text, name=parameter: f"{name}: {text}")
-
-
-def by_timm_with_gradients(name, encoder):
-    kind, shown = NETWORKS[name], []
-    network = timm.create_model(name, features_only=True, **kind.args).eval()
-    if name.startswith("swin"):
-        network.patch_embed.strict_img_size = False
-    network.load_state_dict(encoder.body.state_dict(), strict=True)
-    for tap in kind.taps:
-        network.get_submodule(tap).register_forward_hook(lambda _, __, out: shown.append(tokens(out, kind.shows)))
-    features = network(IMAGE)
-    return (features, shown), list(network.named_parameters())
+    *theirs, network = by_timm_itself(name, encoder.body.state_dict(), IMAGE)
+    for stages in (encoder.forward_stages(IMAGE), theirs):
+        sum(tensor.square().mean() for kind in stages for tensor in kind).backward()
+    assert any(parameter.grad is not None for parameter in encoder.parameters())
+    for (key, mine), its in zip(encoder.body.named_parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("name", EMBEDDING)
@@ -292,13 +271,18 @@ def test_bfloat16_autocast(name):
     assert all(p.grad.isfinite().all() for p in encoder.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", ["pvt_v2_b0", "swin_tiny_patch4_window7_224", "twins_svt_small"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pvt_v2_b0",
+        pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+        pytest.param("twins_svt_small", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled(name):
-    encoder = make(name)
-    channels = encoder.channels
-    network = Segmenter(encoder, HEADS["segformer"](channels, 8, 5), 5).eval()
+    network = segmenter(name)
     torch._dynamo.reset()
-    compiled = torch.compile(network, backend="eager")
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
     with torch.no_grad():
         for image in (IMAGE, OTHER):
             ours, plain = compiled(image), network(image)
@@ -312,12 +296,8 @@ def test_compiled(name):
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_pea_needs_embeddings(who):
-    plain, embedding = make("convnext_atto"), make("twins_svt_small")
-    network = {"plain": Segmenter(plain, HEADS["segformer"](plain.channels, 8, 5), 5)}
-    network["embedding"] = Segmenter(embedding, HEADS["segformer"](embedding.channels, 8, 5), 5)
-    student, teacher = (
-        network[kind] for kind in (("plain", "embedding") if who == "student" else ("embedding", "plain"))
-    )
+    names = ("convnext_atto", "twins_svt_small")
+    student, teacher = (segmenter(name) for name in (names if who == "student" else names[::-1]))
     term = PEALoss(student.channels, teacher.channels)
     with pytest.raises(UserError, match=f"PEALoss compares embeddings, but the {who} shows none: .*patch embeddings"):
         term(student(IMAGE), teacher(IMAGE))

@@ -191,6 +191,7 @@ def test_the_authors_checkpoint(tmp_path, caplog, prefix):
         expected[name] = expected[name][:19]
     assert equal(ours, expected)
     assert "dropped the 20th output" in caplog.text
+    assert equal(load_segmenter(path)[0], expected)  # the file alone says as much
 
 
 def test_one_output_too_many_is_dropped_for_19_classes_alone(tmp_path, fresh):

@@ -97,6 +97,8 @@ def _recognise(source: str, tensors: Mapping[str, Tensor], license: str | None =
     """A foreign file: what its format implies where the file itself says nothing."""
     kind, renamed = rename_to_ours(tensors)
     name, classes = guess_segformer(renamed)
+    if kind == "authors" and classes == 20:  # the last output is "ignore", which loading drops
+        classes = 19
     card: dict[str, Any] = {"name": name, "num_classes": classes} if name and classes else {}
     origin = _origin(source, license)
     if kind in ("mit", "mmseg", "authors"):
