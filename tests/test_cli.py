@@ -1,5 +1,6 @@
 """The commands as a user calls them: what they answer to a mistake."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from PIL import Image
 from runs import TINY, composed, results
 
 from transkd import evaluate, predict, train
+from transkd.models import create_segmenter, save_segmenter
 from transkd.run import run
 
 
@@ -85,6 +87,68 @@ def test_a_checkpoint_of_another_architecture(call, trained):
                    f"student.weights={trained / 'run' / 'student.safetensors'}")  # fmt: skip
     assert "does not fit segformer_b1 with 19 classes" in message
     assert "encoder.patch_embed1.proj.weight: expected [64, 3, 7, 7], got [32, 3, 7, 7]" in message
+
+
+class Bomb:
+    """Unpickled, it would make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.fixture
+def bad_weights(trained, tmp_path):
+    """Files of weights that no command may accept, by what is wrong with them."""
+    whole = (trained / "run" / "student.safetensors").read_bytes()
+    torch.save({"weight": torch.zeros(1), "more": Bomb()}, tmp_path / "pickle.pth")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    torch.save({"layer1.0.conv1.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "resnet.pth")
+    save_segmenter(create_segmenter("segformer_b0", num_classes=7), tmp_path / "seven.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("weights", "parts"),
+    [
+        ("pickle.pth", ["is no readable weights file", "never executed"]),
+        ("empty.pth", ["is no readable weights file", "0 bytes"]),
+        ("truncated.safetensors", ["damaged safetensors", "copy or download it again"]),
+        ("resnet.pth", ["encoder.patch_embed1.proj.weight: missing", "looks like a ResNet"]),
+        ("seven.safetensors", ["has 7 classes", "student.classifier=new"]),
+        ("hf://somebody/segformer", ["cannot fetch", "--local-dir FOLDER"]),
+        ("timm://mit_b0", ["the hub has no weights of timm's 'mit_b0'"]),
+    ],
+)
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_bad_weights(call, trained, bad_weights, monkeypatch, who, weights, parts):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = call(
+        train, *TINY, f"data.root={trained / 'data'}", f"{who}.weights={weights}", "distill=transkd_base",
+        "hydra.run.dir=run",
+    )  # fmt: skip
+    assert message is not None
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    assert [part for part in (weights, *parts) if part not in message] == []
+    assert not (bad_weights / "executed").exists()
+    assert not (bad_weights / "run" / "checkpoints").exists()
+
+
+def test_a_tap_with_a_typo(call, trained):
+    module = "{_target_:torchvision.models.segmentation.lraspp_mobilenet_v3_large,weights:null,weights_backbone:null}"
+    where = [*TINY, f"data.root={trained / 'data'}", "teacher=module", f"teacher.network.module={module}"]
+    message = call(train, *where, "teacher.network.features=[backbon.3]", "distill=none", "term=[csf]")
+    assert message.startswith("error: ")
+    assert "no submodule 'backbon.3' to tap" in message
+    assert "backbone.3" in message
+
+
+def test_evaluate_weights_that_do_not_say_what_they_are(call, trained, bad_weights):
+    where = [*TINY, f"data.root={trained / 'data'}", "hydra.run.dir=scored"]
+    message = call(evaluate, *where, "weights=resnet.pth")
+    assert "does not fit segformer_b0 with 19 classes" in message
+    assert "looks like a ResNet" in message
 
 
 @pytest.mark.parametrize("workers", [0, 2])

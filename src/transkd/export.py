@@ -40,6 +40,8 @@ def export(cfg: "DictConfig") -> None:
         raise UserError(f"fuse=true is for format=onnx and format=torch; format={cfg.format} holds the plain network")
     _check_packages(cfg.format, form)
     output = Path(str(cfg.output)).expanduser().absolute()
+    if not output.name.endswith(form.suffix):
+        raise UserError(f"format={cfg.format} wants a file that ends in {form.suffix}, got output={cfg.output}")
     with staged(output, is_folder=cfg.format == "hf") as stage:
         network, source_card = load_segmenter(str(cfg.weights))
         check_license_policy(network.lineage, cfg.license_policy, str(cfg.weights))

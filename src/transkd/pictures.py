@@ -27,7 +27,7 @@ def palette_of(card: Mapping[str, Any]) -> Sequence[Sequence[int]]:
             return classes.palette
     # steps of the golden ratio keep neighbouring ids apart
     hues = [(i * 0.618034) % 1 for i in range(card["num_classes"])]
-    return [[round(255 * part) for part in hsv_to_rgb((hue, 0.75, 0.9))] for hue in hues]
+    return [[round(255 * part) for part in hsv_to_rgb(hue, 0.75, 0.9)] for hue in hues]
 
 
 def colourise(label: Pixels, palette: Sequence[Sequence[int]]) -> Pixels:

@@ -81,8 +81,8 @@ def test_the_stages_between_are_not_read():
 
 
 def test_aspp_is_torchvisions():
-    head, features = make(width=256), make_features((320, 400))
-    theirs = ASPP(32, RATES).double().eval()
+    head, features = make(), make_features((320, 400))
+    theirs = ASPP(32, RATES, 12).double().eval()
     theirs.load_state_dict(head.aspp.state_dict(), strict=True)
     seen = []
     head.aspp.register_forward_hook(lambda *args: seen.append(args[-1]))

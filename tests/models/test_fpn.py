@@ -101,7 +101,7 @@ def test_two_tiny_stages_by_hand():
     # What is constant normalises to 0: the second image's level 1 and every level 2, to which the bias 4 is added.
     root = (5 + 1e-5) ** 0.5
     expected = torch.full((2, 1, 2, 2), 2 * 4 + 0.5).double()
-    expected[0, 0, 1] += torch.tensor([2 * 1 / root, 2 * 3 / root])
+    expected[0, 0, 1] += torch.tensor([2 * 1 / root, 2 * 3 / root], dtype=torch.float64)
     torch.testing.assert_close(head((shallow, deep)), expected, rtol=1e-12, atol=1e-12)
 
 

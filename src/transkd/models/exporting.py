@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ class Format(NamedTuple):
         minimum: smallest height and width of an image.
         normalises: whether mean and standard deviation are inside what is written.
         counts: what ``Exported.parameters`` counts.
+        suffix: how the file's name must end.
     """
 
     write: Callable[..., None]
@@ -59,6 +61,7 @@ class Format(NamedTuple):
     minimum: int = 32
     normalises: bool = False
     counts: str = "parameters"
+    suffix: str = ""
 
 
 def complete_card(network: Segmenter, card: Card) -> Card:
@@ -94,7 +97,8 @@ def _write_safetensors(network: Segmenter, card: Card, path: Path) -> None:
 
 
 def _open_safetensors(path: Path) -> Exported:
-    network, _ = load_segmenter(path)
+    with _quiet("transkd"):  # which would log a file that the user never named
+        network, _ = load_segmenter(path)
     network.eval()
     return Exported(lambda image: network(image, needs={"logits"}).logits, _count(network))
 
@@ -129,17 +133,26 @@ def _trace(network: Segmenter) -> torch.export.ExportedProgram:
 @contextmanager
 def _explained(network: Segmenter, step: str) -> Iterator[None]:
     """Turn whatever an exporter raises into one line; HYDRA_FULL_ERROR=1 shows the whole."""
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)  # of what exporters say underway nothing concerns the user
     try:
-        yield
+        with _quiet("torch", "onnxscript", "onnx_ir"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what exporters say underway nothing concerns the user
+            yield
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"{network.name} cannot be {step}: {reason[:300]}. format=safetensors works for every network"
         ) from error
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Let loggers say nothing but errors."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -340,7 +353,7 @@ FORMATS = {
         counts="parameters and BatchNorm statistics",
     ),
     "hf": Format(_write_huggingface, _open_huggingface, packages=("transformers",)),
-    "torch": Format(_write_torch, _open_torch, minimum=SMALLEST_TRACED, normalises=True),
+    "torch": Format(_write_torch, _open_torch, minimum=SMALLEST_TRACED, normalises=True, suffix=".pt2"),
     "safetensors": Format(_write_safetensors, _open_safetensors),
 }
 """Formats by their name on the command line."""
