@@ -1,0 +1,177 @@
+"""What the terms of the zoo share: one grid for two maps, labels on it, the stages that a term compares.
+
+The numbering of the rules is that of docs/losses.md, "Rules that all terms share".
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transkd.errors import UserError
+from transkd.losses._checks import check_needs
+from transkd.losses.criteria import widen
+from transkd.outputs import SegmentationOutput
+
+__all__ = [
+    "GRIDS",
+    "check_choice",
+    "check_positive",
+    "check_stages",
+    "feature_pairs",
+    "labels_on_grid",
+    "logits_pair",
+    "nothing",
+    "on_grid",
+    "require_target",
+]
+
+GRIDS = ("teacher", "student", "labels")
+IGNORE = 255
+
+
+def on_grid(
+    term: object, student: Tensor, teacher: Tensor, grid: str = "teacher", target: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Bring two maps to one grid, at least in float32, the teacher's detached.
+
+    Args:
+        term: the one that asks; its name goes into messages.
+        student: [B, C, h, w].
+        teacher: [B, C', h', w'].
+        grid: "teacher" (the teacher's size), "student" or "labels"; whatever has another size is resized bilinearly,
+            align_corners=False.
+        target: [B, H, W]; needed for "labels".
+
+    Raises:
+        UserError: unlike batches, or labels that are the grid and not given.
+
+    Example:
+        >>> pair = on_grid(None, torch.zeros(1, 2, 4, 6), torch.zeros(1, 3, 8, 12))
+        >>> [tuple(maps.shape) for maps in pair]
+        [(1, 2, 8, 12), (1, 3, 8, 12)]
+    """
+    if len(student) != len(teacher):
+        raise UserError(
+            f"{_name(term)} got {len(student)} images from the student and {len(teacher)} from the teacher."
+        )
+    if grid == "labels":
+        target = require_target(term, target)
+    size = {"teacher": teacher, "student": student, "labels": target}[grid].shape[-2:]  # type: ignore[union-attr]
+    return _resized(student, size), _resized(teacher.detach(), size)
+
+
+def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    if maps.shape[-2:] == torch.Size(size):
+        return widen(maps)
+    return F.interpolate(widen(maps), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def labels_on_grid(target: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Labels [B, H, W] at another size by nearest neighbour (source index ⌊q·H/h⌋), and which of them are valid.
+
+    Returns:
+        labels int64 [B, h, w], 0 where invalid, so that they can index; valid bool [B, h, w].
+
+    Example:
+        >>> labels, valid = labels_on_grid(torch.tensor([[[1, 255], [2, 3]]]), (1, 2))
+        >>> labels.tolist(), valid.tolist()
+        ([[[1, 0]]], [[[True, False]]])
+    """
+    height, width = size
+    rows = torch.arange(height, device=target.device) * target.shape[-2] // height
+    columns = torch.arange(width, device=target.device) * target.shape[-1] // width
+    labels = target[:, rows[:, None], columns].long()
+    valid = (labels != IGNORE) & (labels >= 0)
+    return labels.masked_fill(~valid, 0), valid
+
+
+def logits_pair(
+    term: object,
+    student: SegmentationOutput,
+    teacher: SegmentationOutput | None,
+    grid: str = "teacher",
+    target: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both networks' logits [B, K, h, w] on one grid.
+
+    Raises:
+        UserError: a network shows no logits, or they have different numbers of classes, or just one.
+    """
+    shown = check_needs(term, frozenset({"logits"}), student, teacher)
+    assert shown is not None
+    assert student.logits is not None
+    assert shown.logits is not None
+    classes = student.logits.shape[1], shown.logits.shape[1]
+    if classes[0] != classes[1]:
+        raise UserError(
+            f"{_name(term)} compares class by class; the student has {classes[0]} classes, the teacher {classes[1]}. "
+            "Choose a teacher that was trained on the same classes."
+        )
+    if classes[0] < 2:
+        raise UserError(f"{_name(term)} compares distributions over classes; with a single class there is nothing to.")
+    return on_grid(term, student.logits, shown.logits, grid, target)
+
+
+def feature_pairs(
+    term: object, stages: Sequence[int], student: SegmentationOutput, teacher: SegmentationOutput | None
+) -> list[tuple[Tensor, Tensor]]:
+    """The features of the chosen stages (1 is the shallowest), each at its own size, the teacher's detached.
+
+    Raises:
+        UserError: a network shows no features or not so many stages.
+    """
+    shown = check_needs(term, frozenset({"features"}), student, teacher)
+    assert shown is not None
+    pairs = []
+    for stage in stages:
+        for who, output in (("student", student), ("teacher", shown)):
+            if stage > len(output.features):
+                raise UserError(
+                    f"{_name(term)} reads stage {stage}, but the {who} shows {len(output.features)} stages of "
+                    f"features; choose among 1 to {len(output.features)}: stages=[…]."
+                )
+        pairs.append((student.features[stage - 1], shown.features[stage - 1].detach()))
+    return pairs
+
+
+def nothing(*tensors: Tensor) -> Tensor:
+    """A differentiable 0, connected to what it would have been computed from.
+
+    Example:
+        >>> nothing(torch.tensor([float("inf")]))
+        tensor(0.)
+    """
+    return torch.stack([widen(tensor).masked_fill(torch.ones((), dtype=torch.bool, device=tensor.device), 0).sum()
+                        for tensor in tensors]).sum()  # fmt: skip
+
+
+def require_target(term: object, target: Tensor | None) -> Tensor:
+    """The labels, or a word that they are missing."""
+    if target is None:
+        raise UserError(f"{_name(term)} reads the labels: call it with target=labels.")
+    return target
+
+
+def check_choice(term: object, setting: str, value: object, known: Sequence[object]) -> None:
+    """Refuse a setting that is none of those known."""
+    if value not in known:
+        raise UserError(f"{_name(term)}: {setting} must be one of {', '.join(map(repr, known))}; got {value!r}.")
+
+
+def check_positive(term: object, setting: str, value: float) -> None:
+    """Refuse zero, negative numbers, NaN and infinity."""
+    if not 0 < value < float("inf"):
+        raise UserError(f"{_name(term)}: the {setting} must be a number greater than 0; got {value}.")
+
+
+def check_stages(term: object, stages: Sequence[int]) -> tuple[int, ...]:
+    """Stages as a tuple: different numbers from 1 on, one at least."""
+    if not stages or len(set(stages)) != len(stages) or min(stages) < 1:
+        raise UserError(f"{_name(term)}: stages must be different numbers from 1 on, one at least; got {list(stages)}.")
+    return tuple(stages)
+
+
+def _name(term: object) -> str:
+    return type(term).__name__
