@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from transkd.data.classes import ClassSet
 from transkd.errors import UserError
-from transkd.losses import Criterion
+from transkd.losses import Criterion, Progress, gradient_statistics
 from transkd.metrics import Scores, SegmentationScore
 from transkd.models import FrozenTeacher, Network
 from transkd.models.sources import CARD
@@ -32,6 +32,7 @@ class Distiller(L.LightningModule):
         interval: the scheduler's tick, "step" or "epoch".
         horizon: ticks until the rate reaches 0; None takes the length of the run.
         protocol: how validation is scored (``transkd.metrics.PROTOCOLS``).
+        gradients_every: steps between two looks at each term's gradient (``gradient_statistics``); 0: none.
         seed: dropout and stochastic depth of epoch e depend on seed and e alone, so that a resumed run repeats them.
         notes: kept in every checkpoint beside the student's description (the teacher's path and hash).
     """
@@ -47,6 +48,7 @@ class Distiller(L.LightningModule):
         interval: str = "step",
         horizon: int | None = None,
         protocol: str = "full-res",
+        gradients_every: int = 0,
         seed: int = 0,
         notes: dict[str, Any] | None = None,
     ) -> None:
@@ -56,7 +58,7 @@ class Distiller(L.LightningModule):
         self.teacher = teacher
         self.classes = classes
         self.optimizer, self.scheduler, self.interval, self.horizon = optimizer, scheduler, interval, horizon
-        self.seed = seed
+        self.gradients_every, self.seed = gradients_every, seed
         self.notes = notes or {}
         self.score = SegmentationScore(student.num_classes, protocol)
         self.scores: Scores | None = None
@@ -64,15 +66,30 @@ class Distiller(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step of distillation."""
         image, target, *names = batch
+        self.criterion.advance(self._progress())
         student = self.student(image)
-        teacher = self.teacher(image) if self.teacher is not None else None
-        loss, values = self.criterion(student, teacher, target)
+        needs = self.criterion.needs
+        teacher = self.teacher(image, needs) if self.teacher is not None and needs else None
+        looks = self.student_parameters if self.criterion.calibrating else ()
+        loss, values = self.criterion(student, teacher, target, looks)
         if not loss.isfinite():
             raise UserError(self._not_finite(values, names))
         named = {f"train/{name}": value.detach() for name, value in values.items()}
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=len(image))
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image))
+        if self.gradients_every and batch_idx % self.gradients_every == 0:
+            found = gradient_statistics(values, self.student_parameters)
+            self.log_dict({f"gradient/{name}": value for name, value in found.items()}, batch_size=len(image))
         return loss
+
+    @property
+    def student_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer trains of the student."""
+        return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+
+    def _progress(self) -> Progress:
+        steps = int(self.trainer.estimated_stepping_batches)
+        return Progress(self.global_step, steps, self.trainer.max_epochs or 1)
 
     def _not_finite(self, values: dict[str, Tensor], names: list[Any]) -> str:
         terms = ", ".join(f"{name}={value.item():g}" for name, value in values.items())

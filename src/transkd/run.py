@@ -62,10 +62,10 @@ def run(cfg: DictConfig) -> None:
 
     teacher, teacher_scores = None, None
     notes: dict[str, Any] = {"experiment": cfg.name, "eval_transform": serialise(data.eval_transform)}
-    if teacher_network is not None and criterion.needs:
+    if teacher_network is not None and criterion.ever_needs:
         notes |= prepare_teacher(cfg, teacher_network, data)
         teacher_scores = check_teacher(cfg, teacher_network, data)
-        teacher = FrozenTeacher(teacher_network, criterion.needs)
+        teacher = FrozenTeacher(teacher_network, criterion.ever_needs)
         if cfg.student.from_teacher:
             start_from_teacher(student, teacher_network)
         student.lineage = merge_lineage(student.lineage, as_teacher(teacher_network.lineage))
@@ -146,7 +146,7 @@ def rehearse(student: Network, teacher: Network | None, criterion: Criterion, da
     """One image through everything before anything long begins: networks that a term cannot pair show here."""
     if student.num_classes != data.num_classes:
         raise UserError(f"{student.name} gives {student.num_classes} classes, the data has {data.num_classes}")
-    if teacher is not None and "logits" in criterion.needs and teacher.num_classes != data.num_classes:
+    if teacher is not None and "logits" in criterion.ever_needs and teacher.num_classes != data.num_classes:
         raise UserError(
             f"a term compares logits, but the teacher {teacher.name} has {teacher.num_classes} classes and the data "
             f"{data.num_classes}; choose terms that read features or embeddings alone (csf, pea, ea, gl_mixer)"
@@ -182,6 +182,7 @@ def training_settings(cfg: DictConfig) -> dict[str, Any]:
         "interval": cfg.optim.interval,
         "horizon": cfg.optim.horizon,
         "protocol": cfg.protocol,
+        "gradients_every": cfg.gradients_every,
         "seed": cfg.seed,
     }
 

@@ -6,7 +6,7 @@ from drawn import STUDENT, TEACHER, gradients, make_pair
 from torch import nn
 
 from transkd.errors import UserError
-from transkd.losses import Criterion, CSFLoss, EALoss, GLMixerLoss, PEALoss, TaskCrossEntropy
+from transkd.losses import Criterion, CSFLoss, EALoss, GLMixerLoss, PEALoss, Progress, Schedule, TaskCrossEntropy
 
 CHANNELS = {"student_channels": STUDENT, "teacher_channels": TEACHER}
 
@@ -85,12 +85,19 @@ def test_nothing_to_compute_is_said_when_called():
     [
         ({"term": Constant(1), "wieght": 1.0}, "unknown 'wieght', missing 'weight'"),
         ({"term": Constant(1)}, "missing 'weight'"),
-        ({"term": Constant(1), "weight": 1.0, "schedule": None}, "unknown 'schedule'"),
+        ({"term": Constant(1), "weight": 1.0, "scheduel": None}, "unknown 'scheduel'"),
+        (
+            {"term": Constant(1), "weight": 1.0, "schedule": 0.5},
+            "must be a transkd.losses.Schedule; got float",
+        ),
+        ({"term": Constant(1), "weight": "auto(0)"}, "auto\\(s\\) wants s above 0.*got 'auto\\(0\\)'"),
+        ({"term": Constant(1), "weight": "auto(x)"}, "got 'auto\\(x\\)'"),
+        ({"term": Constant(1), "weight": "auto(-1)"}, "got 'auto\\(-1\\)'"),
         (Constant(1), "unknown 'Constant\\(\\)', missing 'term', missing 'weight'"),
         ({"term": nn.Linear(1, 1), "weight": 1.0}, "attribute `needs`.*got Linear"),
         ({"term": "csf", "weight": 1.0}, "torch module.*got str"),
         ({"term": Constant(1, {"attention"}), "weight": 1.0}, "needs \\['attention'\\]"),
-        ({"term": Constant(1), "weight": -1.0}, "at least 0; got -1.0"),
+        ({"term": Constant(1), "weight": -1.0}, "at least 0, .*got -1.0"),
         ({"term": Constant(1), "weight": math.nan}, "got nan"),
         ({"term": Constant(1), "weight": math.inf}, "got inf"),
         ({"term": Constant(1), "weight": "1"}, "got '1'"),
@@ -172,3 +179,103 @@ def test_a_term_of_the_users_own_is_checked_too():
     student, teacher, _ = make_pair()
     with pytest.raises(UserError, match="Term 'kd': Constant compares logits, but the teacher shows none"):
         criterion(kd=(Constant(1, {"logits"}), 1.0))(student, teacher._replace(logits=None))
+
+
+# Schedules
+
+
+def test_a_schedule_multiplies_the_weight_and_switches_the_teacher_off():
+    kd = Constant(3, needs={"logits"})
+    held = Criterion(
+        {
+            "task": {"term": Constant(1), "weight": 1.0},
+            "kd": {"term": kd, "weight": 2.0, "schedule": Schedule(off=0.5, fall=0.5)},
+        }
+    )
+    totals, needs = [], []
+    for step in range(4):
+        held.advance(Progress(step, steps=4, epochs=1))
+        needs.append(held.needs)
+        held.zero_grad()
+        total, values = held(*make_pair())
+        total.backward()
+        totals.append(total.item())
+        assert ("kd" in values) == (step < 2)
+        assert kd.value.grad is not None  # also when it is off: data-parallel training waits for it
+    assert totals == [1 + 6, 1 + 3, 1, 1]
+    assert needs == [{"logits"}, {"logits"}, frozenset(), frozenset()]
+    assert held.ever_needs == {"logits"}
+    assert kd.calls == 2
+
+
+def test_a_schedule_that_never_turns_on_in_this_run_is_named():
+    late = {"term": Constant(1), "weight": 1.0, "schedule": Schedule(on=20, unit="epoch")}
+    with pytest.raises(UserError, match=r"Term 'late': Schedule: it never turns on: on=20 .*the run has 20 epochs"):
+        Criterion({"late": late}).advance(Progress(0, steps=100, epochs=20))
+
+
+# Automatic weights
+
+
+class Scaled(nn.Module):
+    """A term whose gradient on the student's logits has a known norm."""
+
+    needs = frozenset()
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, student, teacher, target=None):
+        return self.scale * student.logits.sum()
+
+
+def auto(share=0.3, scale=5.0):
+    return Criterion(
+        {"task": {"term": Scaled(2.0), "weight": 4.0}, "kd": {"term": Scaled(scale), "weight": f"auto({share})"}}
+    )
+
+
+def outputs(weight):
+    student, teacher, target = make_pair()
+    return student._replace(logits=weight * torch.ones(2, 5, 4, 4)), teacher, target
+
+
+def test_an_automatic_weight_gives_the_share_of_the_tasks_gradient():
+    held, weight = auto(), nn.Parameter(torch.tensor(1.0))
+    assert held.weights == {"task": 4.0, "kd": None}
+    assert held.calibrating
+    total, values = held(*outputs(weight), parameters=[weight])
+    assert held.weights["kd"] == pytest.approx(0.3 * 4 * 2 / 5)
+    torch.testing.assert_close(total, 4 * values["task"] + 0.3 * 4 * 2 / 5 * values["kd"])
+
+
+def test_an_automatic_weight_is_a_mean_then_fixed_and_saved():
+    held, weight = auto(), nn.Parameter(torch.tensor(1.0))
+    for scale in (1.0, 2.0, *[4.0] * 8):
+        held.terms["kd"].scale = scale
+        held(*outputs(weight), parameters=[weight])
+    expected = 0.3 * 4 * 2 * (1 + 1 / 2 + 8 / 4) / 10
+    assert held.weights["kd"] == pytest.approx(expected)
+    assert not held.calibrating
+    held.terms["kd"].scale = 100.0
+    held(*outputs(weight))  # nothing looks at gradients any more
+    assert held.weights["kd"] == pytest.approx(expected)
+    again = auto()
+    again.load_state_dict(held.state_dict(), strict=True)
+    assert again.weights == held.weights
+    assert not again.calibrating
+
+
+def test_automatic_weights_say_what_they_lack():
+    with pytest.raises(UserError, match="the term 'task' must have a weight"):
+        Criterion({"kd": {"term": Scaled(1.0), "weight": "auto(0.3)"}})
+    with pytest.raises(UserError, match="parameters=the student's"):
+        auto()(*outputs(torch.tensor(1.0)))
+
+
+def test_a_batch_without_a_gradient_sets_no_weight():
+    held, weight = auto(scale=0.0), nn.Parameter(torch.tensor(1.0))
+    total, _ = held(*outputs(weight), parameters=[weight])
+    assert total.isfinite()
+    assert held.weights["kd"] is None

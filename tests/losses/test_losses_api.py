@@ -25,8 +25,12 @@ def test_public_names():
         "EALoss",
         "GLMixerLoss",
         "PEALoss",
+        "Progress",
+        "Schedule",
         "TaskCrossEntropy",
         "channel_kl",
+        "gradient_norm",
+        "gradient_statistics",
         "hierarchical_context",
         "spatial_kl",
     }

@@ -12,7 +12,9 @@ from transkd.losses.csf import CSFLoss
 from transkd.losses.cwd import CWDLoss
 from transkd.losses.ea import EALoss
 from transkd.losses.gl_mixer import GLMixerLoss
+from transkd.losses.gradients import gradient_norm, gradient_statistics
 from transkd.losses.pea import PEALoss
+from transkd.losses.schedule import Progress, Schedule
 
 __all__ = [
     "CSFLoss",
@@ -22,8 +24,12 @@ __all__ = [
     "EALoss",
     "GLMixerLoss",
     "PEALoss",
+    "Progress",
+    "Schedule",
     "TaskCrossEntropy",
     "channel_kl",
+    "gradient_norm",
+    "gradient_statistics",
     "hierarchical_context",
     "spatial_kl",
 ]

@@ -1,7 +1,8 @@
 """Named, weighted terms: the one place that knows the weights."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,18 +10,23 @@ from torch import Tensor, nn
 
 from transkd.errors import UserError
 from transkd.losses._checks import check_needs
+from transkd.losses._maps import nothing
+from transkd.losses.gradients import gradient_norm
+from transkd.losses.schedule import Progress, Schedule
 from transkd.outputs import EVERYTHING, SegmentationOutput
 
 __all__ = ["Criterion", "CriterionOutput"]
 
-ENTRY_KEYS = {"term", "weight"}
+REQUIRED, OPTIONAL = {"term", "weight"}, {"schedule"}
+AUTO = re.compile(r"auto\((.+)\)")
+CALIBRATION_STEPS = 10
 
 
 class CriterionOutput(NamedTuple):
     """What a criterion gives for one batch.
 
     Attributes:
-        total: Σ weight · value, a scalar to minimise.
+        total: Σ weight · schedule · value, a scalar to minimise.
         values: each computed term's own scalar by its name, before the weight.
     """
 
@@ -29,17 +35,23 @@ class CriterionOutput(NamedTuple):
 
 
 class Criterion(nn.Module):
-    """Hold terms by name, compute each once, and weigh them: ``total = Σ weight · value``.
+    """Hold terms by name, compute each once, and weigh them: ``total = Σ weight · schedule · value``.
 
     A term of weight 0 is not computed and its parameters are frozen, so that nothing waits for their
-    gradients.
+    gradients. Nor is one computed while its schedule is at 0, and the teacher need not run for it.
+
+    A weight of ``auto(s)`` is set on the first steps so that the term's gradient on the student has s times the norm
+    of the task's: the mean over 10 steps of ``s·‖∇task‖ / ‖∇term‖``, then fixed. It is saved with the state.
 
     Args:
-        terms: for each name ``{"term": module, "weight": number}``, the weight finite and at least 0.
+        terms: for each name ``{"term": module, "weight": number or "auto(s)", "schedule": Schedule or absent}``, the
+            number finite and at least 0.
 
     Attributes:
-        weights: each term's weight by name.
-        needs: what the computed terms read of the teacher; empty when no teacher is needed.
+        weights: each term's weight by name, None while an automatic one is not known yet.
+        needs: what the terms read of the teacher now; empty when no teacher is needed.
+        ever_needs: the same over the whole run.
+        calibrating: whether the student's parameters must be given, for automatic weights.
 
     Raises:
         UserError: an entry is not of that form; when called, no term is computed or an output lacks what a
@@ -53,24 +65,66 @@ class Criterion(nn.Module):
         CriterionOutput(total=tensor(2.7726), values={'task': tensor(1.3863)})
     """
 
+    auto_sums: Tensor
+    auto_steps: Tensor
+
     def __init__(self, terms: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__()
         for name, entry in terms.items():
             _check_entry(name, entry)
         self.terms = nn.ModuleDict({name: entry["term"] for name, entry in terms.items()})
-        self.weights = {name: float(entry["weight"]) for name, entry in terms.items()}
+        self.shares = {name: share for name, entry in terms.items() if (share := _share(entry["weight"])) is not None}
+        self.fixed = {name: float(entry["weight"]) for name, entry in terms.items() if name not in self.shares}
+        self.schedules = {name: entry["schedule"] for name, entry in terms.items() if entry.get("schedule") is not None}
+        self.factors = dict.fromkeys(terms, 1.0)
         for name, term in self.terms.items():
-            if self.weights[name] == 0:
+            if self.fixed.get(name) == 0:
                 term.requires_grad_(False)
-        self.needs: frozenset[str] = frozenset().union(*(_needs(term) for _, term in self._computed()))
+        if self.shares:
+            if "task" not in terms or not self.fixed.get("task"):
+                raise UserError("A weight of auto(s) is relative to the task: the term 'task' must have a weight.")
+            self.register_buffer("auto_sums", torch.zeros(len(self.shares), dtype=torch.float64))
+            self.register_buffer("auto_steps", torch.tensor(0))
+
+    @property
+    def weights(self) -> dict[str, float | None]:
+        """Each term's weight by name, before its schedule."""
+        known = bool(self.shares) and int(self.auto_steps) > 0
+        means = (self.auto_sums / self.auto_steps).tolist() if known else [None] * len(self.shares)
+        automatic = dict(zip(self.shares, means, strict=True))
+        return {name: automatic[name] if name in automatic else self.fixed[name] for name in self.terms}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the terms read of the teacher at this step."""
+        return frozenset().union(*(_needs(term) for _, term in self._computed()))
+
+    @property
+    def ever_needs(self) -> frozenset[str]:
+        """What the terms read of the teacher over the run."""
+        return frozenset().union(*(_needs(term) for _, term in self._weighted()))
+
+    @property
+    def calibrating(self) -> bool:
+        """Whether automatic weights are still being set."""
+        return bool(self.shares) and self.training and int(self.auto_steps) < CALIBRATION_STEPS
+
+    def advance(self, progress: Progress) -> None:
+        """Set every schedule to where the run is; to be called before each step."""
+        for name, schedule in self.schedules.items():
+            try:
+                self.factors[name] = schedule(progress)
+            except UserError as error:
+                raise UserError(f"Term {name!r}: {error}") from error
 
     def forward(
         self,
         student: SegmentationOutput,
         teacher: SegmentationOutput | None = None,
         target: Tensor | None = None,
+        parameters: Sequence[nn.Parameter] = (),
     ) -> CriterionOutput:
-        """Compute each term whose weight is not 0."""
+        """Compute each term whose weight and schedule are not 0; ``parameters`` are the student's, see above."""
         values: dict[str, Tensor] = {}
         for name, term in self._computed():
             try:
@@ -83,22 +137,59 @@ class Criterion(nn.Module):
                 f"The criterion has nothing to compute; its weights are {self.weights}. "
                 "Give at least one term, such as task, a weight above 0."
             )
-        total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
-        return CriterionOutput(total, values)
+        if self.calibrating and torch.is_grad_enabled():
+            self._calibrate(values, parameters)
+        weights = self.weights
+        total = torch.stack([(weights[name] or 0.0) * self.factors[name] * value for name, value in values.items()])
+        return CriterionOutput(total.sum() + self._idle(), values)
+
+    def _calibrate(self, values: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> None:
+        if not parameters:
+            raise UserError("A weight of auto(s) looks at gradients: call the criterion with parameters=the student's.")
+        absent = sorted(self.shares.keys() - values.keys())
+        if absent:
+            raise UserError(f"Term {absent[0]!r}: auto(s) is set on the first steps, so its schedule must be on there.")
+        task = self.fixed["task"] * gradient_norm(values["task"], parameters)
+        norms = torch.stack([gradient_norm(values[name], parameters) for name in self.shares])
+        shares = torch.tensor(list(self.shares.values()), dtype=torch.float64, device=norms.device)
+        ratios = shares * task.double() / norms.double()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(ratios)
+            ratios /= torch.distributed.get_world_size()
+        if ratios.isfinite().all():  # a batch from which a term learns nothing says nothing of its weight
+            self.auto_sums += ratios
+            self.auto_steps += 1
+
+    def _idle(self) -> Tensor | float:
+        """A 0 that holds the parameters of scheduled terms which are off: data-parallel training wants a gradient."""
+        idle = [p for name, term in self._weighted() if self.factors[name] == 0 for p in term.parameters()]
+        return nothing(*idle) if idle else 0.0
+
+    def _weighted(self) -> list[tuple[str, nn.Module]]:
+        return [(name, term) for name, term in self.terms.items() if self.fixed.get(name) != 0]
 
     def _computed(self) -> list[tuple[str, nn.Module]]:
-        return [(name, term) for name, term in self.terms.items() if self.weights[name] != 0]
+        return [(name, term) for name, term in self._weighted() if self.factors[name] != 0]
 
 
 def _needs(term: nn.Module) -> frozenset[str]:
     return frozenset(getattr(term, "needs", ()))
 
 
+def _share(weight: object) -> float | None:
+    """The s of ``auto(s)``; None for anything else."""
+    match = AUTO.fullmatch(weight) if isinstance(weight, str) else None
+    try:
+        return float(match[1]) if match else None
+    except ValueError:
+        return math.nan
+
+
 def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
     if "." in name or hasattr(nn.ModuleDict(), name):
         raise UserError(f"A term cannot be called {name!r}: the name has a dot or is PyTorch's own. Choose another.")
     _check_keys(name, entry)
-    term, weight = entry["term"], entry["weight"]
+    term, weight, share = entry["term"], entry["weight"], _share(entry["weight"])
     if not isinstance(term, nn.Module) or not isinstance(getattr(term, "needs", None), frozenset):
         raise UserError(
             f"Term {name!r} must be a torch module with a class attribute `needs`, a frozenset of what it "
@@ -106,13 +197,20 @@ def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
         )
     if not _needs(term) <= EVERYTHING:
         raise UserError(f"Term {name!r} needs {sorted(_needs(term))}; a network shows only {sorted(EVERYTHING)}.")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
-        raise UserError(f"Term {name!r} must have a finite weight of at least 0; got {weight!r}.")
+    if share is not None and (name == "task" or not 0 < share < math.inf):
+        raise UserError(f"Term {name!r}: auto(s) wants s above 0 and is not for the task itself; got {weight!r}.")
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if share is None and not (number and math.isfinite(weight) and weight >= 0):
+        raise UserError(f"Term {name!r} must have a finite weight of at least 0, or auto(s); got {weight!r}.")
+    schedule = entry.get("schedule")
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise UserError(f"Term {name!r}: schedule must be a transkd.losses.Schedule; got {type(schedule).__name__}.")
 
 
 def _check_keys(name: str, entry: object) -> None:
     got = set(entry) if isinstance(entry, Mapping) else {repr(entry)}
-    faults = [f"unknown {key!r}" for key in sorted(got - ENTRY_KEYS)]
-    faults += [f"missing {key!r}" for key in sorted(ENTRY_KEYS - got)]
+    faults = [f"unknown {key!r}" for key in sorted(got - REQUIRED - OPTIONAL)]
+    faults += [f"missing {key!r}" for key in sorted(REQUIRED - got)]
     if faults:
-        raise UserError(f"Term {name!r} must have exactly the keys 'term' and 'weight': {', '.join(faults)}.")
+        raise UserError(f"Term {name!r} must have the keys 'term' and 'weight', and may have 'schedule': "
+                        f"{', '.join(faults)}.")  # fmt: skip

@@ -65,6 +65,7 @@ def create_segmenter(
     encoder: Mapping[str, Any] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    scale: float = 1.0,
     classifier: str = "same",
     license: str | None = None,
 ) -> Segmenter:
@@ -81,6 +82,7 @@ def create_segmenter(
         mean: subtracted from RGB in [0, 1]. A trained network's weights bring their own; where not given, the
             weights' or ImageNet's.
         std: divides what is left.
+        scale: the network looks at the image at this scale (0.5: at half its height and width).
         classifier: "same" wants weights for the same classes, "new" starts the classifier at random.
         license: of the weights, where their file does not say.
 
@@ -106,14 +108,14 @@ def create_segmenter(
         raise UserError(f"unknown head {head!r}; there are: {', '.join(HEADS)}")
     built = _create_encoder(recipe.encoder, {**recipe.args, **(encoder or {})})
     decoder = HEADS[head](built.channels, width or recipe.width, num_classes)
-    network = Segmenter(built, decoder, num_classes, mean, std)
+    network = Segmenter(built, decoder, num_classes, mean, std, scale)
     network.name = name
-    given = {"head": head, "width": width, "encoder": dict(encoder) if encoder else None}
-    own = {"head": recipe.head} if name in SEGMENTERS else {}
+    usual: dict[str, Any] = {"head": recipe.head if name in SEGMENTERS else None, "width": None, "encoder": {}, "scale": 1.0}
+    given = {"head": head, "width": width, "encoder": dict(encoder or {}), "scale": scale}
     network.recipe = {
         "name": name,
         "num_classes": num_classes,
-        **{key: value for key, value in given.items() if value is not None and own.get(key) != value},
+        **{key: value for key, value in given.items() if value != usual[key]},
     }
     network.lineage = [CODE, RANDOM]
     if weights is not None:

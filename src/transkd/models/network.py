@@ -28,6 +28,7 @@ class Network(nn.Module):
         num_classes: number of classes K; 0 for a network that gives no logits.
         mean: subtracted from RGB in [0, 1].
         std: divides what is left.
+        scale: the network looks at the image at this scale, resized bilinearly with antialiasing.
 
     Attributes:
         name: what the network is called in messages, logs and files.
@@ -40,9 +41,17 @@ class Network(nn.Module):
     std: Tensor
 
     def __init__(
-        self, channels: Sequence[int], num_classes: int, mean: Sequence[float] | None, std: Sequence[float] | None
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
+        if not 0 < scale < float("inf"):
+            raise UserError(f"a network's scale must be a number greater than 0; got {scale}")
+        self.scale = scale
         self.name: str = type(self).__name__
         self.recipe: dict[str, Any] | None = None
         self.lineage: Lineage = []
@@ -58,6 +67,9 @@ class Network(nn.Module):
             raise UserError(f"expected RGB images [B, 3, H, W], got a tensor of shape {list(image.shape)}")
         if image.dtype == torch.uint8:
             image = image.to(self.mean.dtype) / 255
+        if self.scale != 1:
+            size = [round(self.scale * side) for side in image.shape[-2:]]
+            image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
         return (image - self.mean) / self.std
 
     def forward(self, image: Tensor, needs: Collection[str] = EVERYTHING) -> SegmentationOutput:

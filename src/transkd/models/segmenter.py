@@ -27,6 +27,7 @@ class Segmenter(Network):
         num_classes: number of classes K.
         mean: subtracted from RGB in [0, 1]; ImageNet's where not given.
         std: divides what is left; ImageNet's where not given.
+        scale: of the image that the network looks at.
 
     Shapes:
         image [B, 3, H, W], uint8 or float in [0, 1] -> SegmentationOutput.
@@ -46,8 +47,9 @@ class Segmenter(Network):
         num_classes: int,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        scale: float = 1.0,
     ) -> None:
-        super().__init__(encoder.channels, num_classes, mean, std)  # type: ignore[arg-type]
+        super().__init__(encoder.channels, num_classes, mean, std, scale)  # type: ignore[arg-type]
         self.encoder: Any = encoder
         self.head = head
 

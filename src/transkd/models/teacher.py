@@ -38,10 +38,10 @@ class FrozenTeacher(nn.Module):
         self.needs = frozenset(needs)
         self.training = False
 
-    def forward(self, image: Tensor) -> SegmentationOutput:
-        """The teacher's view of a batch; ``no_grad`` and not ``inference_mode``, whose tensors no backward can use."""
-        with torch.no_grad():
-            output: SegmentationOutput = self.network(image, needs=self.needs)
+    def forward(self, image: Tensor, needs: Collection[str] | None = None) -> SegmentationOutput:
+        """The teacher's view of a batch; ``needs`` may ask for other things at this step than at construction."""
+        with torch.no_grad():  # not inference_mode, whose tensors no backward can use
+            output: SegmentationOutput = self.network(image, needs=self.needs if needs is None else needs)
         return output
 
     def train(self, mode: bool = True) -> "FrozenTeacher":

@@ -1,0 +1,79 @@
+"""Scheduled and automatic weights, looks at gradients, and a student at another scale, in whole runs."""
+
+import csv
+
+import pytest
+import torch
+from runs import assert_identical, composed, results, student
+
+from transkd.distiller import Distiller
+from transkd.models import FrozenTeacher, load_segmenter
+from transkd.run import run
+
+SHORT = ["pictures=0", "trainer.max_epochs=2", "distill=transkd_cwd", "term=[pea,cwd]"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("schedules")
+
+
+def column(root, name, key):
+    with (root / name / "metrics.csv").open() as file:
+        return [float(row[key]) for row in csv.DictReader(file) if row.get(key)]
+
+
+def test_a_teacher_that_nobody_reads_any_more_does_not_run(root, monkeypatch):
+    asked = []
+    forward = FrozenTeacher.forward
+    monkeypatch.setattr(FrozenTeacher, "forward", lambda self, *args: (asked.append(args[1]), forward(self, *args))[1])
+    off = [f"+criterion.terms.{term}.schedule={{_target_:transkd.losses.Schedule,off:{end},unit:epoch}}"
+           for term, end in (("pea", 1), ("cwd", 0.5))]  # fmt: skip
+    run(composed(root, "early", *SHORT, *off))
+    steps = 4  # an epoch: 8 images, 2 a batch
+    assert asked == [{"embeddings", "logits"}] * (steps // 2) + [{"embeddings"}] * (steps // 2)
+    assert len(column(root, "early", "train/pea")) == 1
+
+
+def test_automatic_weights_are_saved_and_reused(root, monkeypatch):
+    auto = ['criterion.terms.cwd.weight="auto(0.3)"', "trainer.max_epochs=4", "name=auto"]
+    run(composed(root, "undisturbed", *SHORT, *auto))
+    weight = results(root, "undisturbed")["terms"]["cwd"]
+    assert 0 < weight < float("inf")
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def dies(self, batch, batch_idx):
+        if self.current_epoch == 3:
+            raise Killed
+        return step(self, batch, batch_idx)
+
+    step = Distiller.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "training_step", dies)
+        with pytest.raises(Killed):
+            run(composed(root, "killed", *SHORT, *auto))
+    run(composed(root, "resumed", *SHORT, *auto, f"ckpt_path={root / 'killed/checkpoints/last.ckpt'}"))
+    assert results(root, "resumed")["terms"]["cwd"] == weight
+    assert_identical(student(root, "undisturbed"), student(root, "resumed"))
+
+
+def test_gradients_can_be_looked_at_and_change_nothing(root):
+    run(composed(root, "plain", *SHORT))
+    run(composed(root, "looked", *SHORT, "gradients_every=2"))
+    assert_identical(student(root, "plain"), student(root, "looked"))
+    for key in ("gradient/task/norm", "gradient/cwd/norm", "gradient/pea/norm"):
+        assert all(value > 0 for value in column(root, "looked", key))
+    assert all(-1 <= value <= 1 for value in column(root, "looked", "gradient/cwd/cosine"))
+
+
+def test_a_student_may_see_the_image_smaller_than_its_teacher(root):
+    half = ["student.network.scale=0.5", "data.prepare.height=64", "data.prepare.width=64", "pictures=0"]
+    half += [f"data.root={root / 'square'}", "data.train_transform.transforms.0.height=64"]
+    run(composed(root, "half", "distill=none", "term=[csf,cwd]", "trainer.max_epochs=1", *half))
+    network, card = load_segmenter(root / "half" / "student.safetensors")
+    assert (network.scale, card["recipe"]["scale"]) == (0.5, 0.5)
+    output = network.eval()(torch.zeros(1, 3, 64, 96))
+    assert output.image.shape == (1, 3, 32, 48)
+    assert network.predict(torch.zeros(1, 3, 64, 96)).shape == (1, 64, 96)
