@@ -29,6 +29,15 @@ MOST_PIXELS = 1024 * 1024  # of a real image in the check; a larger one is shrun
 
 def export(cfg: "DictConfig") -> None:
     """Write the network in another format, check what was written against it, and only then put it in place."""
+    output = Path(str(cfg.output)).expanduser().absolute()
+    with staged(output, is_folder=cfg.format == "hf") as stage:
+        summary = write_checked(cfg, stage / output.name)
+    print(f"wrote {output}" + (f" and {_beside(output).name}" if cfg.format != "hf" else ""))
+    print(summary)
+
+
+def write_checked(cfg: "DictConfig", path: Path) -> str:
+    """Write to ``path`` and beside it, read that back and hold it against the network; gives what to tell the user."""
     from transkd.models import load_segmenter
     from transkd.models.exporting import FORMATS, complete_card
     from transkd.models.lineage import check_license_policy, describe_lineage
@@ -36,30 +45,30 @@ def export(cfg: "DictConfig") -> None:
     if cfg.format not in FORMATS:
         raise UserError(f"unknown format={cfg.format}; there are: {', '.join(FORMATS)}")
     form = FORMATS[cfg.format]
+    if not path.name.endswith(form.suffix):
+        raise UserError(f"format={cfg.format} wants a file that ends in {form.suffix}, got output={cfg.output}")
     if cfg.fuse and not form.normalises:
         raise UserError(f"fuse=true is for format=onnx and format=torch; format={cfg.format} holds the plain network")
     _check_packages(cfg.format, form)
-    output = Path(str(cfg.output)).expanduser().absolute()
-    if not output.name.endswith(form.suffix):
-        raise UserError(f"format={cfg.format} wants a file that ends in {form.suffix}, got output={cfg.output}")
-    with staged(output, is_folder=cfg.format == "hf") as stage:
-        network, source_card = load_segmenter(str(cfg.weights))
-        check_license_policy(network.lineage, cfg.license_policy, str(cfg.weights))
-        network.eval()
-        card = complete_card(network, source_card)
-        images = _real_images(cfg.images, form.minimum)
-        options = {"opset": cfg.opset} if cfg.format == "onnx" else {}
-        with _writing(output):
-            form.write(network.fuse() if cfg.fuse else network, card, stage / output.name, **options)
-            if cfg.format != "hf":  # there preprocessor_config.json is it
-                content = json.dumps(_preprocessing(output.name, cfg.format, form, card), indent=2) + "\n"
-                _beside(stage / output.name).write_text(content, encoding="utf-8")
-        exported = form.open(stage / output.name)
-        check_parity(network, exported.run, images, form.minimum, float(cfg.tolerance), cfg.format)
+
+    network, source_card = load_segmenter(str(cfg.weights))
+    check_license_policy(network.lineage, cfg.license_policy, str(cfg.weights))
+    network.eval()
+    card = complete_card(network, source_card)
+    images = _real_images(cfg.images, form.minimum)
+    options = {"opset": cfg.opset} if cfg.format == "onnx" else {}
+    with _writing(Path(str(cfg.output))):
+        form.write(network.fuse() if cfg.fuse else network, card, path, **options)
+        if cfg.format != "hf":  # there preprocessor_config.json is it
+            content = json.dumps(_preprocessing(path.name, cfg.format, form, card), indent=2) + "\n"
+            _beside(path).write_text(content, encoding="utf-8")
+    exported = form.open(path)
+    check_parity(network, exported.run, images, form.minimum, float(cfg.tolerance), cfg.format)
     own = sum(parameter.numel() for parameter in network.parameters())
-    print(f"wrote {output}" + (f" and {_beside(output).name}" if cfg.format != "hf" else ""))
-    print(f"{exported.parameters:,} {form.counts}; the network has {own:,} parameters")
-    print(f"lineage: {describe_lineage(network.lineage)}")
+    return (
+        f"{exported.parameters:,} {form.counts}; the network has {own:,} parameters\n"
+        f"lineage: {describe_lineage(network.lineage)}"
+    )
 
 
 def _check_packages(name: str, form: "Format") -> None:
@@ -78,8 +87,9 @@ def staged(output: Path, is_folder: bool) -> Iterator[Path]:
     Raises:
         UserError: ``output`` cannot be written, or is something that is not ours to replace; before anything is made.
     """
-    _check_replaceable(output, is_folder)
-    made = [folder for folder in output.parents if not folder.exists()]
+    with _writing(output):
+        _check_replaceable(output, is_folder)
+        made = [folder for folder in output.parents if not folder.exists()]
     stage = None
     try:
         with _writing(output):
@@ -103,9 +113,8 @@ def _check_replaceable(output: Path, is_folder: bool) -> None:
     if not ancestor.is_dir():
         raise UserError(f"cannot write {output}: {ancestor} is a file; choose another output=…")
     if not is_folder:
-        for path in (output, _beside(output)):
-            if path.is_dir():
-                raise UserError(f"cannot write the file {path}: it is a folder; name a file in output=…")
+        if output.is_dir() or _beside(output).is_dir():
+            raise UserError(f"cannot write the file {output}: there is a folder; name a file in output=…")
     elif output.is_dir() and any(output.iterdir()) and not _is_export(output):
         raise UserError(f"{output} holds other files, which are not overwritten; choose a new or empty folder")
     elif output.exists() and not output.is_dir():

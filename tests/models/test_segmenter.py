@@ -1,12 +1,15 @@
+import copy
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from transkd.errors import UserError
-from transkd.models import create_segmenter
+from transkd.models import create_segmenter, load_segmenter, save_segmenter
+from transkd.models.heads import FusedSegformerHead
 from transkd.outputs import EVERYTHING
 
 PIXELS = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -95,6 +98,89 @@ def test_predicts_ids_at_the_size_asked_for(b0, size):
 def test_drop_path_rate_reaches_the_encoder():
     network = create_segmenter("segformer_b0", num_classes=2, encoder={"drop_path_rate": 0.35})
     assert network.encoder.block4[1].drop_path.drop_prob == pytest.approx(0.35)
+
+
+# Fused: for inference.
+
+
+@pytest.fixture
+def trained(b0):
+    """A MiT-B0 whose BatchNorm moved, in train mode."""
+    with torch.no_grad():
+        b0.head.linear_fuse.bn.weight.normal_()
+        b0.head.linear_fuse.bn.bias.normal_()
+        b0(PIXELS)
+        b0(255 - PIXELS)
+    return b0
+
+
+@pytest.mark.parametrize("size", [(64, 96), (45, 77)], ids=str)
+def test_fused_shows_the_same(trained, size):
+    image = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)).double()
+    network = trained.double()
+    fused = network.fuse()
+    assert network.training
+    assert not any(module.training for module in fused.modules())
+    with torch.no_grad():
+        ours, expected = fused(image), network.eval()(image)
+    torch.testing.assert_close(ours.logits, expected.logits, rtol=1e-9, atol=1e-9)
+    for kind in ("features", "embeddings"):
+        for a, b in zip(getattr(ours, kind), getattr(expected, kind), strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(fused.predict(image), network.predict(image))
+    assert fused(image, needs=()).logits is None
+
+
+def test_fusing_copies(trained):
+    before = copy.deepcopy(trained.state_dict())
+    fused = trained.fuse()
+    with torch.no_grad():
+        for tensor in (*fused.parameters(), fused.mean, fused.std):
+            tensor.add_(1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
+    assert trained.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert type(trained.head).__name__ == "SegformerHead"
+
+
+def test_fused_keeps_its_name_classes_and_lineage(trained):
+    fused = trained.fuse()
+    assert isinstance(fused.head, FusedSegformerHead)
+    assert (fused.name, fused.num_classes, fused.channels) == ("segformer_b0", 5, trained.channels)
+    assert fused.lineage == trained.lineage
+    assert count(fused) < count(trained)
+
+
+def test_a_fused_network_has_no_recipe_that_builds_another(trained, tmp_path):
+    fused = trained.fuse()
+    assert fused.recipe is None
+    assert trained.recipe is not None
+    save_segmenter(trained, tmp_path / "trained.safetensors")
+    again = load_segmenter(tmp_path / "trained.safetensors")[0].eval().fuse()
+    with torch.no_grad():
+        assert torch.equal(again(PIXELS).logits, fused(PIXELS).logits)
+
+
+def test_fused_does_less(trained):
+    costs = []
+    for network in (trained.eval(), trained.fuse()):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(PIXELS)
+        costs.append(counter.get_total_flops())
+    assert costs[1] < costs[0]
+
+
+@pytest.mark.parametrize("head", ["fpn", "deeplabv3plus"])
+def test_other_heads_have_no_fused_form(head):
+    network = create_segmenter("segformer_b0", 2, head=head, width=8)
+    with pytest.raises(
+        UserError, match=rf"fuse\(\) is for the SegFormer head; segformer_b0 has a {type(network.head).__name__}"
+    ):
+        network.fuse()
+
+
+def test_fusing_twice_is_refused(trained):
+    with pytest.raises(UserError, match="segformer_b0 has a FusedSegformerHead"):
+        trained.fuse().fuse()
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("segformer_b0", 3_719_284), ("segformer_b2", 27_362_004)])

@@ -1,5 +1,4 @@
 import copy
-import gc
 import pickle
 import weakref
 from typing import Any, NamedTuple
@@ -7,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 from transkd.errors import UserError
 from transkd.losses import PEALoss
@@ -80,7 +80,8 @@ def by_timm_itself(name, weights, image):
     kind, embeddings = NETWORKS[name], []
     network = timm.create_model(name, features_only=True, **kind.args).eval()
     if name.startswith("swin"):
-        network.patch_embed.strict_img_size, network.patch_embed.dynamic_img_pad = False, True
+        network.patch_embed.strict_img_size = False
+        image = F.pad(image, (0, -image.shape[3] % 4, 0, -image.shape[2] % 4))  # to whole patches
     network.load_state_dict(weights, strict=True)
     for tap in kind.taps:
         network.get_submodule(tap).register_forward_hook(lambda *args: embeddings.append(tokens(args[-1], kind.shows)))
@@ -102,7 +103,7 @@ def check_against_timm(name, image):
         assert [e.shape for e in embeddings] == [f.flatten(2).mT.shape for f in features]
 
 
-@pytest.mark.parametrize("size", [(64, 96), (64, 64), (77, 50)], ids=str)
+@pytest.mark.parametrize("size", [(64, 96), (77, 50)], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_features_and_embeddings_are_timms(name, size):
     check_against_timm(name, torch.rand(2, 3, *size))
@@ -177,8 +178,14 @@ def test_samples_do_not_mix(name):
             torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
-@pytest.mark.parametrize("name", NETWORKS)
+def pickled(encoder):
+    return pickle.loads(pickle.dumps(encoder))
+
+
+@pytest.mark.parametrize(
+    ("name", "duplicate"),
+    [*((name, copy.deepcopy) for name in NETWORKS), ("pvt_v2_b0", pickled), ("twins_svt_small", pickled)],
+)
 def test_a_copy_records_for_itself(name, duplicate):
     encoder = make(name)
     twin = duplicate(encoder)
@@ -207,7 +214,6 @@ def test_nothing_is_kept_after_a_forward(name):
         output = encoder.forward_stages(IMAGE)
     assert len(alive) == 4
     del output
-    gc.collect()
     assert not any(reference() is not None for reference in alive)
 
 
@@ -223,7 +229,6 @@ def test_nothing_is_kept_after_a_forward_that_failed():
     with pytest.raises(MemoryError), torch.no_grad():
         encoder.forward_stages(IMAGE)
     hook.remove()
-    gc.collect()
     assert alive[0]() is None
     assert len(encoder.forward_stages(IMAGE)[1]) == 4
 

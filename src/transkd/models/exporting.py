@@ -108,6 +108,8 @@ def _open_safetensors(path: Path) -> Exported:
 SMALLEST_TRACED = 64
 """Below it a stage is one pixel wide, which torch.export makes a case of its own and shuts out of the program."""
 
+OLDEST_OPSET = 18
+
 
 class _Logits(nn.Module):
     """The network with one tensor in and one out."""
@@ -140,7 +142,7 @@ def _explained(network: Segmenter, step: str) -> Iterator[None]:
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"{network.name} cannot be {step}: {reason[:300]}. format=safetensors works for every network"
+            f"{network.name} cannot be {step}: {reason[:300].rstrip('.')}. format=safetensors works for every network"
         ) from error
 
 
@@ -173,6 +175,8 @@ def _open_torch(path: Path) -> Exported:
 def _write_onnx(network: Segmenter, card: Card, path: Path, opset: int = 20) -> None:
     import onnx
 
+    if opset < OLDEST_OPSET:
+        raise UserError(f"opset={opset} is too old for torch's exporter, which writes {OLDEST_OPSET} and newer")
     program = _trace(network)
     with _explained(network, f"written as ONNX, opset {opset}"):
         converted = torch.onnx.export(
@@ -350,7 +354,7 @@ FORMATS = {
         _open_onnx,
         packages=("onnx", "onnxscript", "onnxruntime"),
         normalises=True,
-        counts="parameters and BatchNorm statistics",
+        counts="numbers in the graph (parameters, BatchNorm statistics, folded constants; equal ones stored once)",
     ),
     "hf": Format(_write_huggingface, _open_huggingface, packages=("transformers",)),
     "torch": Format(_write_torch, _open_torch, minimum=SMALLEST_TRACED, normalises=True, suffix=".pt2"),

@@ -97,7 +97,7 @@ def create_segmenter(
         (64, 128, 256, 512)
     """
     if name not in SEGMENTERS and not timm.is_model(name):
-        near = get_close_matches(name, [*SEGMENTERS, *timm.list_models()], n=3)
+        near = get_close_matches(name, sorted({*SEGMENTERS, *timm.list_models()}), n=3)
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise UserError(
             f"unknown network {name!r}{hint}. There are {', '.join(SEGMENTERS)}, and every name of timm.list_models()"
@@ -126,8 +126,11 @@ def create_segmenter(
 
 
 def _create_encoder(name: str, args: dict[str, Any]) -> Any:
-    if name == "lvt":
-        return LiteVisionTransformer(**args)
-    if name in VARIANTS:
-        return timm.create_model(name, num_classes=0, **args)
+    try:
+        if name == "lvt":
+            return LiteVisionTransformer(**args)
+        if name in VARIANTS:
+            return timm.create_model(name, num_classes=0, **args)
+    except TypeError as error:
+        raise UserError(f"{name} does not take the arguments {args}: {error}") from error
     return TimmEncoder(name, **args)

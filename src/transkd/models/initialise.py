@@ -54,6 +54,8 @@ def start_from_teacher(student: Network, teacher: Network) -> None:
     for name, (count, of) in blocks.items():
         kept = [j * of // count for j in range(count)]
         log.info("student.from_teacher: %s takes the teacher's blocks %s of %d", name, kept, of)
+    student.mean.copy_(teacher.mean)  # the weights know the images that this makes
+    student.std.copy_(teacher.std)
     student.lineage = merge_lineage(student.lineage, teacher.lineage)
 
 

@@ -24,9 +24,10 @@ RANDOM: dict[str, str | None] = {"part": "weights", "source": "random initialisa
 
 # Licences that allow commercial use, as model hubs spell them.
 PERMISSIVE = re.compile(
-    r"(apache|mit$|bsd|isc|cc0|cc-by-(sa-)?\d|unlicense|openrail|gpl|lgpl|agpl|mpl|zlib|wtfpl|cdla|none needed)", re.I
+    r"(apache|mit( license)?$|bsd|isc|cc0|cc-by-(sa-)?\d|unlicense$|openrail|[al]?gpl|mpl|zlib|wtfpl|cdla|none needed)",
+    re.I,
 )
-NON_COMMERCIAL = re.compile(r"(non-?commercial|(^|-)nc(-|$)|nvidia|research)", re.I)
+NON_COMMERCIAL = re.compile(r"(non[- ]?commercial|(^|[^a-z])nc([^a-z]|$)|nvidia|research|academic)", re.I)
 
 
 def is_commercial(license: str | None) -> bool | None:
@@ -54,7 +55,9 @@ def merge_lineage(*lineages: Iterable[dict[str, str | None]]) -> Lineage:
     """Join lineages, each entry once, in order."""
     merged: Lineage = []
     for lineage in lineages:
-        merged += [entry for entry in lineage if entry not in merged]
+        for entry in lineage:
+            if entry not in merged:
+                merged.append(entry)
     return merged
 
 

@@ -70,4 +70,5 @@ class Segmenter(Network):
             raise UserError(f"fuse() is for the SegFormer head; {self.name} has a {type(self.head).__name__}")
         fused = copy.deepcopy(self)
         fused.head = self.head.fuse()
+        fused.recipe = None  # it builds the head as it was
         return fused.eval()

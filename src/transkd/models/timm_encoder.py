@@ -58,7 +58,11 @@ class TimmEncoder(nn.Module):
 
     def forward_stages(self, image: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Features and patch embeddings of the four stages."""
-        features = self.body(image)
+        try:
+            features = self.body(image)
+        except BaseException:
+            self._recorder.clear()
+            raise
         if self._channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return tuple(features), self._recorder.take(features)
@@ -72,15 +76,18 @@ class _Recorder:
 
     def take(self, features: list[Tensor]) -> tuple[Tensor, ...]:
         """The patch embeddings as tokens [B, N, C]; nothing is kept."""
-        tokens = []
-        for i, feature in enumerate(features[: len(self.seen)]):
-            seen, self.seen[i] = self.seen[i], None
-            assert seen is not None
-            if seen.ndim == 4:
-                # which axis holds the channels is told by the grid, which is that of the stage's feature
-                seen = seen.flatten(2).transpose(1, 2) if seen.shape[2:] == feature.shape[2:] else seen.flatten(1, 2)
-            tokens.append(seen)
-        return tuple(tokens)
+        taken = [seen for seen in self.seen if seen is not None]
+        self.clear()
+        if not taken or taken[0].ndim == 3:
+            return tuple(taken)
+        # Which axis holds the channels is told by the grid, that of the stage's feature, and is the same for the whole
+        # network: at a single stage the two can look alike (PVTv2-B0 has 64 channels on 64×64 of 512×512 pixels).
+        channels_first = all(seen.shape[2:] == feature.shape[2:] for seen, feature in zip(taken, features, strict=True))
+        return tuple(seen.flatten(2).transpose(1, 2) if channels_first else seen.flatten(1, 2) for seen in taken)
+
+    def clear(self) -> None:
+        """Let go of what was seen."""
+        self.seen = [None] * len(self.seen)
 
 
 class _Tap:
@@ -94,7 +101,10 @@ class _Tap:
 
 
 def _create(name: str, args: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
-    if name.startswith(("swin_", "swinv2_")):  # any size of image, not just that of the pretraining
+    if args.get("pretrained"):
+        raise UserError(f"pretrained=True: name the weights instead, weights=timm://{name}, which brings their licence")
+    swin = name.startswith(("swin_", "swinv2_"))
+    if swin:  # any size of image, not just that of the pretraining
         args = {"strict_img_size": False, **args}
     try:
         with torch.device("meta"):  # a look at the stages costs nothing, and draws no random number
@@ -108,9 +118,14 @@ def _create(name: str, args: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
                 "the taps of this one with transkd.models.Tapped"
             )
         indices = tuple(range(len(found) - STAGES, len(found)))
-        body = timm.create_model(name, features_only=True, out_indices=indices, **args)
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"timm cannot build {name} with {args} as four stages: {error}") from error
+        body: Any = timm.create_model(name, features_only=True, out_indices=indices, **args)
+        if swin:  # and any that the patches do not divide
+            body.patch_embed.dynamic_img_pad = True
+    except UserError:
+        raise
+    except Exception as error:  # timm hands on whatever the network raised, assertions among it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"timm cannot build {name} with {args} as four stages: {reason}") from error
     return body, strides
 
 
