@@ -97,6 +97,11 @@ def test_a_set_of_terms_is_built(composed, option):
     assert (teacher is not None) == (set(criterion.terms) != {"task"}) == (option != "none")
 
 
+def test_a_preset_can_weigh_the_task(composed):
+    terms = composed("distill=pixel_distillation").criterion.terms
+    assert {name: entry.weight for name, entry in terms.items()} == {"task": 0.1, "kd": 0.9, "isrd": 10.0}
+
+
 @pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "logger"])
 def test_loggers_are_built(composed, option, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -123,7 +128,7 @@ def test_an_experiment_is_built(composed, experiment):
     for network in (student, teacher):
         if network is not None:
             assert network.num_classes == data.num_classes == len(data.classes.names)
-    assert criterion.weights["task"] > 0
+    assert criterion.weights["task"] > 0 or criterion.weights["pdd"] > 0  # which reads the labels itself
     assert (teacher is not None) == (not experiment.endswith("_teacher"))
     weights = criterion.terms["task"].class_weights
     assert weights is None or len(weights) == data.num_classes

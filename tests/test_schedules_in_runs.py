@@ -27,7 +27,7 @@ def test_a_teacher_that_nobody_reads_any_more_does_not_run(root, monkeypatch):
     asked = []
     forward = FrozenTeacher.forward
     monkeypatch.setattr(FrozenTeacher, "forward", lambda self, *args: (asked.append(args[1]), forward(self, *args))[1])
-    off = [f"+criterion.terms.{term}.schedule={{_target_:transkd.losses.Schedule,off:{end},unit:epoch}}"
+    off = [f"+criterion.terms.{term}.schedule={{_target_:transkd.losses.Schedule,end:{end},unit:epoch}}"
            for term, end in (("pea", 1), ("cwd", 0.5))]  # fmt: skip
     run(composed(root, "early", *SHORT, *off))
     steps = 4  # an epoch: 8 images, 2 a batch

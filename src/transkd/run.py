@@ -238,7 +238,7 @@ def fit_teacher(cfg: DictConfig, network: Network, data: SegmentationDataModule)
             "the terms read a teacher, but teacher.weights is not given: name the file with teacher.weights=PATH, "
             "train it first with teacher.fit.max_epochs=N, or train the student alone with distill=none"
         )
-    recipe = [cfg.data, cfg.teacher.network, cfg.teacher.fit, cfg.optim, cfg.criterion.terms.task]
+    recipe = [cfg.data, cfg.teacher.network, cfg.teacher.fit, cfg.optim, cfg.criterion.terms.task.term]
     resolved = [OmegaConf.to_container(part, resolve=True) for part in recipe]
     key = hashlib.sha256(json.dumps([resolved, cfg.seed], sort_keys=True).encode()).hexdigest()[:12]
     path = Path(cfg.teacher.fit.folder) / f"{cfg.name}_{network.name}_{key}.safetensors"
@@ -246,7 +246,7 @@ def fit_teacher(cfg: DictConfig, network: Network, data: SegmentationDataModule)
         log.info("teacher: using %s, trained by an earlier run with the same settings", path)
         return path
     log.info("teacher: training %s for %d epochs first", network.name, cfg.teacher.fit.max_epochs)
-    task = Criterion({"task": instantiate(cfg.criterion.terms.task)})
+    task = Criterion({"task": {"term": instantiate(cfg.criterion.terms.task.term), "weight": 1.0}})
     distiller = Distiller(network, task, data.classes, **training_settings(cfg))
     trainer = build_side_trainer(cfg, max_epochs=cfg.teacher.fit.max_epochs)
     fit(trainer, distiller, data)

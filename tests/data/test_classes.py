@@ -1,6 +1,6 @@
 import pytest
 
-from transkd.data.classes import CAMVID, CITYSCAPES
+from transkd.data.classes import CAMVID, CITYSCAPES, VOC
 
 
 @pytest.mark.parametrize(
@@ -16,13 +16,16 @@ from transkd.data.classes import CAMVID, CITYSCAPES
         (CAMVID, 3, "road", (128, 64, 128)),
         (CAMVID, 8, "car", (64, 0, 128)),
         (CAMVID, 10, "bicyclist", (0, 128, 192)),
+        (VOC, 1, "aeroplane", (128, 0, 0)),
+        (VOC, 15, "person", (192, 128, 128)),
+        (VOC, 20, "tvmonitor", (0, 64, 128)),
     ],
 )
 def test_ids(classes, train_id, name, colour):
     assert (classes.names[train_id], classes.palette[train_id]) == (name, colour)
 
 
-@pytest.mark.parametrize("classes", [CITYSCAPES, CAMVID])
+@pytest.mark.parametrize("classes", [CITYSCAPES, CAMVID, VOC])
 def test_no_class_looks_like_ignored_pixels(classes):
     assert (0, 0, 0) not in classes.palette
     assert all(0 <= value <= 255 for colour in classes.palette for value in colour)

@@ -189,7 +189,7 @@ def test_a_schedule_multiplies_the_weight_and_switches_the_teacher_off():
     held = Criterion(
         {
             "task": {"term": Constant(1), "weight": 1.0},
-            "kd": {"term": kd, "weight": 2.0, "schedule": Schedule(off=0.5, fall=0.5)},
+            "kd": {"term": kd, "weight": 2.0, "schedule": Schedule(end=0.5, fall=0.5)},
         }
     )
     totals, needs = [], []
@@ -209,8 +209,8 @@ def test_a_schedule_multiplies_the_weight_and_switches_the_teacher_off():
 
 
 def test_a_schedule_that_never_turns_on_in_this_run_is_named():
-    late = {"term": Constant(1), "weight": 1.0, "schedule": Schedule(on=20, unit="epoch")}
-    with pytest.raises(UserError, match=r"Term 'late': Schedule: it never turns on: on=20 .*the run has 20 epochs"):
+    late = {"term": Constant(1), "weight": 1.0, "schedule": Schedule(start=20, unit="epoch")}
+    with pytest.raises(UserError, match=r"Term 'late': Schedule: it never turns on: start=20 .*the run has 20 epochs"):
         Criterion({"late": late}).advance(Progress(0, steps=100, epochs=20))
 
 

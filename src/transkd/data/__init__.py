@@ -7,14 +7,17 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 from transkd.data.acdc import find_acdc
 from transkd.data.camvid import find_camvid
-from transkd.data.classes import CAMVID, CITYSCAPES, CLASS_SETS, ClassSet
+from transkd.data.cityscapes import find_cityscapes
+from transkd.data.classes import CAMVID, CITYSCAPES, CLASS_SETS, VOC, ClassSet
 from transkd.data.datamodule import SegmentationDataModule
 from transkd.data.dataset import Batch, Pair, SegmentationDataset, pair_by_name
+from transkd.data.voc import find_voc
 
 __all__ = [
     "CAMVID",
     "CITYSCAPES",
     "CLASS_SETS",
+    "VOC",
     "Batch",
     "ClassSet",
     "Pair",
@@ -22,5 +25,7 @@ __all__ = [
     "SegmentationDataset",
     "find_acdc",
     "find_camvid",
+    "find_cityscapes",
+    "find_voc",
     "pair_by_name",
 ]

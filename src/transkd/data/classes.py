@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-__all__ = ["CAMVID", "CITYSCAPES", "CLASS_SETS", "ClassSet"]
+__all__ = ["CAMVID", "CITYSCAPES", "CLASS_SETS", "VOC", "ClassSet"]
 
 
 class ClassSet(NamedTuple):
@@ -100,5 +100,56 @@ CAMVID = ClassSet(
 )
 """The 11 classes of CamVid as SegNet's tutorial groups them; label 255 is ignored and drawn black."""
 
-CLASS_SETS = {"cityscapes": CITYSCAPES, "camvid": CAMVID}
+VOC = ClassSet(
+    names=(
+        "background",
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+        "diningtable",
+        "dog",
+        "horse",
+        "motorbike",
+        "person",
+        "pottedplant",
+        "sheep",
+        "sofa",
+        "train",
+        "tvmonitor",
+    ),
+    palette=(
+        (224, 224, 192),
+        (128, 0, 0),
+        (0, 128, 0),
+        (128, 128, 0),
+        (0, 0, 128),
+        (128, 0, 128),
+        (0, 128, 128),
+        (128, 128, 128),
+        (64, 0, 0),
+        (192, 0, 0),
+        (64, 128, 0),
+        (192, 128, 0),
+        (64, 0, 128),
+        (192, 0, 128),
+        (64, 128, 128),
+        (192, 128, 128),
+        (0, 64, 0),
+        (128, 64, 0),
+        (0, 192, 0),
+        (128, 192, 0),
+        (0, 64, 128),
+    ),
+)
+"""The 21 classes of Pascal VOC 2012. Its own colours, but for the background: black is for ignored pixels here, and
+the background has the colour that VOC draws those in."""
+
+CLASS_SETS = {"cityscapes": CITYSCAPES, "camvid": CAMVID, "voc": VOC}
 """The label sets by the name that configurations use."""

@@ -32,19 +32,19 @@ class Progress(NamedTuple):
 class Schedule:
     """A factor that rises from 0 to 1, stays, and falls to 0 again.
 
-        0 before ``on``; up to 1 within ``rise`` after it; 1; down to 0 within ``fall`` before ``off``; 0 from ``off``
+        0 before ``start``; up to 1 within ``rise`` after it; 1; down to 0 within ``fall`` before ``end``; then 0
 
     With x the way through a ramp, linear is x or 1 - x, cosine ½(1 ∓ cos πx); a ramp of length 0 is a switch. It
     depends on the step alone, so a resumed run goes on where it was. Examples: the epoch warm-up of DKD (arXiv
     2203.08679) and ReviewKD (arXiv 2104.09044) in their published code, ``min(epoch / 20, 1)``, is
     ``Schedule(rise=20, unit="epoch")``; distillation in the first 80 % of a run, as in DearKD's first stage (arXiv
-    2204.12997), is ``Schedule(off=0.8)``. DearKD's paper does not publish its length: 0.8 is this project's choice.
+    2204.12997), is ``Schedule(end=0.8)``. DearKD's paper does not publish its length: 0.8 is this project's choice.
 
     Args:
-        on: where it begins.
+        start: where it begins.
         rise: length of the way up.
-        off: where it is over; None: never.
-        fall: length of the way down, which ends at ``off``.
+        end: where it is over; None: never.
+        fall: length of the way down, which ends at ``end``.
         shape: "linear" or "cosine", of both ramps.
         unit: of all four lengths: "run" (fractions of the run), "epoch" or "step".
 
@@ -52,16 +52,16 @@ class Schedule:
         UserError: an unknown shape or unit, a length below 0, or a schedule that never turns on.
 
     Example:
-        >>> schedule = Schedule(off=0.75, fall=0.5)
+        >>> schedule = Schedule(end=0.75, fall=0.5)
         >>> [schedule(Progress(step, steps=4, epochs=1)) for step in range(4)]
         [1.0, 1.0, 0.5, 0.0]
     """
 
     def __init__(
         self,
-        on: float = 0.0,
+        start: float = 0.0,
         rise: float = 0.0,
-        off: float | None = None,
+        end: float | None = None,
         fall: float = 0.0,
         shape: str = "linear",
         unit: str = "run",
@@ -69,30 +69,32 @@ class Schedule:
         for setting, value, known in (("shape", shape, SHAPES), ("unit", unit, UNITS)):
             if value not in known:
                 raise UserError(f"Schedule: {setting} must be one of {', '.join(known)}; got {value!r}.")
-        end = math.inf if off is None else off
-        if not (min(on, rise, fall) >= 0 and max(on, rise, fall) < math.inf):
-            raise UserError(f"Schedule: on, rise and fall must be 0 or more; got on={on}, rise={rise}, fall={fall}.")
-        if not on < end or (unit == "run" and on >= 1):
-            raise UserError(f"Schedule: it never turns on, with on={on}, off={off} in units of a {unit}.")
-        self.on, self.rise, self.off, self.fall = float(on), float(rise), float(end), float(fall)
+        over = math.inf if end is None else end
+        if not (min(start, rise, fall) >= 0 and max(start, rise, fall) < math.inf):
+            raise UserError(
+                f"Schedule: start, rise and fall must be 0 or more; got start={start}, rise={rise}, fall={fall}."
+            )
+        if not start < over or (unit == "run" and start >= 1):
+            raise UserError(f"Schedule: it never turns on, with start={start}, end={end} in units of a {unit}.")
+        self.start, self.rise, self.end, self.fall = float(start), float(rise), float(over), float(fall)
         self.shape, self.unit = shape, unit
 
     def __call__(self, progress: Progress) -> float:
         """The factor, 0 to 1."""
-        if self.on >= Progress(progress.steps, progress.steps, progress.epochs).measured_in(self.unit):
+        if self.start >= Progress(progress.steps, progress.steps, progress.epochs).measured_in(self.unit):
             raise UserError(
-                f"Schedule: it never turns on: on={self.on:g} in units of a {self.unit}, but the run has "
+                f"Schedule: it never turns on: start={self.start:g} in units of a {self.unit}, but the run has "
                 f"{progress.epochs} epochs and {progress.steps} steps."
             )
         now = progress.measured_in(self.unit)
-        if not self.on <= now < self.off:
+        if not self.start <= now < self.end:
             return 0.0
-        up = (now - self.on) / self.rise if self.rise else 1.0
-        down = (self.off - now) / self.fall if self.fall else 1.0
+        up = (now - self.start) / self.rise if self.rise else 1.0
+        down = (self.end - now) / self.fall if self.fall else 1.0
         return self._ramp(min(up, 1.0)) * self._ramp(min(down, 1.0))
 
     def _ramp(self, x: float) -> float:
         return x if self.shape == "linear" else (1 - math.cos(math.pi * x)) / 2
 
     def __repr__(self) -> str:
-        return f"Schedule(on={self.on:g}, rise={self.rise:g}, off={self.off:g}, fall={self.fall:g}, {self.unit})"
+        return f"Schedule(start={self.start:g}, rise={self.rise:g}, end={self.end:g}, fall={self.fall:g}, {self.unit})"

@@ -5,6 +5,7 @@ from transkd.models.factory import HEADS, SEGMENTERS, create_segmenter
 from transkd.models.fpn import SemanticFPNHead
 from transkd.models.heads import SegformerHead
 from transkd.models.initialise import start_from_teacher
+from transkd.models.lora import add_lora, merge_lora
 from transkd.models.lvt import LiteVisionTransformer
 from transkd.models.mit import MixTransformer
 from transkd.models.network import Network
@@ -27,9 +28,11 @@ __all__ = [
     "SemanticFPNHead",
     "Tapped",
     "TimmEncoder",
+    "add_lora",
     "create_segmenter",
     "load_segmenter",
     "load_weights",
+    "merge_lora",
     "save_segmenter",
     "start_from_teacher",
 ]

@@ -110,7 +110,12 @@ def create_segmenter(
     decoder = HEADS[head](built.channels, width or recipe.width, num_classes)
     network = Segmenter(built, decoder, num_classes, mean, std, scale)
     network.name = name
-    usual: dict[str, Any] = {"head": recipe.head if name in SEGMENTERS else None, "width": None, "encoder": {}, "scale": 1.0}
+    usual: dict[str, Any] = {
+        "head": recipe.head if name in SEGMENTERS else None,
+        "width": None,
+        "encoder": {},
+        "scale": 1.0,
+    }
     given = {"head": head, "width": width, "encoder": dict(encoder or {}), "scale": scale}
     network.recipe = {
         "name": name,

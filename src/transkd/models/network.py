@@ -1,5 +1,6 @@
 """What every network of transkd has in common: it owns its normalisation and knows its classes and origin."""
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ class Network(nn.Module):
         if image.dtype == torch.uint8:
             image = image.to(self.mean.dtype) / 255
         if self.scale != 1:
-            size = [round(self.scale * side) for side in image.shape[-2:]]
+            size = [math.ceil(self.scale * side) for side in image.shape[-2:]]
             image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
         return (image - self.mean) / self.std
 

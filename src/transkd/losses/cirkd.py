@@ -1,0 +1,126 @@
+"""Cross-image relational distillation, its part within a mini-batch."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transkd.losses._maps import check_positive, check_stages, feature_pairs, on_grid
+from transkd.losses._pieces import BUDGET, check_count, full_precision, positions_of, sum_over_rows
+from transkd.outputs import SegmentationOutput
+
+__all__ = ["CIRKDMiniBatchLoss", "cross_image_kl", "pool_positions"]
+
+AUTO_POSITIONS = 4096
+"""How many positions of an image pool="auto" leaves: those of a 512×512 image at stride 8."""
+
+
+class CIRKDMiniBatchLoss(nn.Module):
+    """Compare which positions, in every image of the batch, each position is most like.
+
+    With u a position's features divided by their norm, N positions per image, over all ordered pairs (a, b) of
+    images, a = b included:
+
+        S_ab = u_a · u_bᵀ,  loss = Σ_stages 1 / (B²·N) · Σ_ab Σ_n KL(softmax(S^t_ab[n] / τ) ‖ softmax(S^s_ab[n] / τ))
+
+    No parameters; the channels may differ. Maps of other sizes are resized bilinearly to the teacher's. Large
+    matrices S are built in pieces and computed again in the backward pass, with the same value. Images of other
+    processes are not looked at, as in the published code.
+
+    Source: Yang et al., arXiv 2204.06986, its mini-batch-based pixel-to-pixel distillation; weight 1 at τ = 0.1.
+
+    Args:
+        stages: which stages to compare, counted from 1; their values are summed. The paper takes the features before
+            the classifier.
+        temperature: τ > 0.
+        pool: side and stride of the windows that are averaged first; windows at the border may be smaller. 1 takes
+            every position. "auto" takes the smallest that leaves at most 4096 positions per image, so 1 unless the
+            map is large; the published code takes 4 for maps of at least 256×256.
+
+    Shapes:
+        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not read. Time grows
+        with (B·N)².
+
+    Raises:
+        UserError: a temperature that is not positive, a window that is no whole number from 1 on, or stages that
+            do not exist.
+
+    Example:
+        >>> def output(*positions):
+        ...     feature = torch.tensor(positions).T.reshape(1, 2, 1, 2)
+        ...     return SegmentationOutput(None, (feature,), (), torch.rand(1, 3, 1, 2))
+        >>> same, across = output([1.0, 0.0], [3.0, 0.0]), output([1.0, 0.0], [0.0, 1.0])
+        >>> CIRKDMiniBatchLoss(stages=(1,), temperature=1.0)(same, across)  # of (0.73, 0.27) from even
+        tensor(0.1109)
+    """
+
+    needs = frozenset({"features"})
+
+    def __init__(self, stages: Sequence[int] = (4,), temperature: float = 0.1, pool: int | str = "auto") -> None:
+        super().__init__()
+        check_positive(self, "temperature", temperature)
+        if pool != "auto":
+            check_count(self, "pool, where it is not 'auto',", pool)
+        self.stages, self.temperature, self.pool = check_stages(self, stages), temperature, pool
+
+    def forward(
+        self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None
+    ) -> Tensor:
+        """Compare the similarities across the batch."""
+        losses = []
+        for pair in feature_pairs(self, self.stages, student, teacher):
+            mine, other = (pool_positions(maps, self.pool) for maps in on_grid(self, *pair))
+            losses.append(cross_image_kl(mine, other, self.temperature))
+        return torch.stack(losses).sum()
+
+
+def pool_positions(maps: Tensor, pool: int | str = "auto") -> Tensor:
+    """Mean of each window of [B, C, h, w]; "auto" takes windows just large enough to leave at most 4096 of them.
+
+    Example:
+        >>> [tuple(pool_positions(torch.zeros(1, 3, *size)).shape[2:]) for size in ((64, 64), (128, 256), (65, 64))]
+        [(64, 64), (43, 86), (33, 32)]
+    """
+    if isinstance(pool, str):
+        height, width = maps.shape[-2:]
+        pool = 1
+        while -(-height // pool) * -(-width // pool) > AUTO_POSITIONS:
+            pool += 1
+    if pool == 1:
+        return maps
+    return F.avg_pool2d(maps, pool, stride=pool, ceil_mode=True, count_include_pad=False)
+
+
+def cross_image_kl(student: Tensor, teacher: Tensor, temperature: float, *, budget: int = BUDGET) -> Tensor:
+    """KL between soft-maxes over the positions of one image of their cosines with a position of another, the mean.
+
+    Args:
+        student: [B, C, h, w], at least float32.
+        teacher: [B, C', h, w], at least float32; a constant.
+        temperature: τ > 0.
+        budget: how many cosines may exist at a time.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> maps = torch.rand(2, 3, 4, 4)
+        >>> cross_image_kl(maps, 2 * maps, 0.1).item() < 1e-6
+        True
+    """
+    batch = len(student)
+    with full_precision(student):
+        units = (F.normalize(positions_of(maps), dim=2, eps=1e-12) for maps in (student, teacher.detach()))
+        mine, other = (unit.flatten(0, 1) for unit in units)
+
+        def log_softmax(rows: Tensor, columns: Tensor) -> Tensor:
+            return (rows @ columns.T / temperature).view(len(rows), batch, -1).log_softmax(2)
+
+        def divergence(rows: Tensor, other_rows: Tensor) -> Tensor:
+            with full_precision(rows):
+                log_p, log_q = log_softmax(other_rows, other), log_softmax(rows, mine)
+                return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+        total = sum_over_rows(divergence, [mine, other], columns=len(mine), budget=budget)
+    return total / (batch * len(mine))

@@ -1,0 +1,122 @@
+"""Knowledge review: feature distillation with attention-based fusion."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transkd.errors import UserError
+from transkd.losses._checks import paired_channels, stage_pairs
+from transkd.losses._maps import check_positive, on_grid
+from transkd.losses.criteria import hierarchical_context
+from transkd.outputs import SegmentationOutput
+
+__all__ = ["ReviewKDLoss"]
+
+
+class ReviewKDLoss(nn.Module):
+    """Fuse the student's features from deep to shallow under attention and compare each with the teacher's.
+
+    From the deepest stage to the shallowest, with a residual R of `mid_channels`:
+
+        X_i = BN(conv1x1(F_i)),  U = nearest-upsample(R_{i+1})
+        (p, q) = sigmoid(conv1x1([X_i ; U])), one pair per position; the two need not sum to 1
+        R_i = p·X_i + q·U       (the deepest stage: R = X)
+        loss = Σ_i hierarchical_context(BN(conv3x3(R_i)), teacher's F_i)
+
+    A map whose size differs from the teacher's is resized to it bilinearly. The published code leaves levels of the
+    hierarchical context out by the map's height alone and, for classification, has square sizes written into it; here
+    the shorter side counts and any sizes fit.
+
+    Source: Chen et al., arXiv 2104.09044, section 3; the fusion is that of its code for detection.
+
+    Args:
+        student_channels: channels of each of the student's stages, shallowest first.
+        teacher_channels: channels of each of the teacher's stages.
+        mid_channels: width of the residual; 64 is TransKD's for SegFormer-B0 under B2, the paper's code has 256 for
+            detection and up to 512 for classification.
+
+    Shapes:
+        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not read.
+
+    Raises:
+        UserError: a width that is not positive; stages or channels other than those given; in training, a batch of
+            one with a 1×1 map.
+
+    Example:
+        >>> def output(widths):
+        ...     maps = tuple(torch.rand(2, c, 8 // 2**i, 8 // 2**i) for i, c in enumerate(widths))
+        ...     return SegmentationOutput(None, maps, (), torch.rand(2, 3, 32, 32))
+        >>> term = ReviewKDLoss(student_channels=(8, 16), teacher_channels=(12, 24), mid_channels=16)
+        >>> term(output((8, 16)), output((12, 24))).shape
+        torch.Size([])
+    """
+
+    needs = frozenset({"features"})
+
+    def __init__(
+        self, student_channels: Sequence[int], teacher_channels: Sequence[int], mid_channels: int = 64
+    ) -> None:
+        super().__init__()
+        self.student_channels, self.teacher_channels = paired_channels(self, student_channels, teacher_channels)
+        check_positive(self, "mid_channels", mid_channels)
+        deepest = len(self.student_channels)
+        self.stages = nn.ModuleDict(
+            {
+                str(stage): _FusionStage(channels, target_channels, mid_channels, attends=stage < deepest)
+                for stage, (channels, target_channels) in enumerate(
+                    zip(self.student_channels, self.teacher_channels, strict=True), start=1
+                )
+            }
+        )
+
+    def forward(
+        self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None
+    ) -> Tensor:
+        """Compare the student's fused features with the teacher's features."""
+        own, others = zip(*stage_pairs(self, "features", student, teacher), strict=True)
+        pairs = [on_grid(self, fused, other) for fused, other in zip(self.fuse(own), others, strict=True)]
+        return torch.stack([hierarchical_context(*pair) for pair in pairs]).sum()
+
+    def fuse(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Give the maps that are compared, [B, C_i of the teacher, H_i, W_i], shallowest first."""
+        fused: list[Tensor] = []
+        residual: Tensor | None = None
+        for stage, feature in reversed(list(zip(self.stages.values(), features, strict=True))):
+            residual, compared = stage(feature, residual)
+            fused.insert(0, compared)
+        return tuple(fused)
+
+
+class _FusionStage(nn.Module):
+    """One stage: the student's map and the deeper residual to the own residual and the map to compare."""
+
+    def __init__(self, channels: int, target_channels: int, mid_channels: int, *, attends: bool) -> None:
+        super().__init__()
+        self.reduce = _conv_norm(channels, mid_channels, kernel_size=1)
+        self.expand = _conv_norm(mid_channels, target_channels, kernel_size=3)
+        if attends:
+            self.attention = nn.Conv2d(2 * mid_channels, 2, 1)
+
+    def forward(self, feature: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Fuse [B, C_i, H_i, W_i] with the deeper stage's residual [B, mid, H_{i+1}, W_{i+1}]."""
+        if self.training and feature[:, 0].numel() == 1:
+            raise UserError(
+                "ReviewKDLoss cannot normalise a batch of one whose map is 1 x 1: it has one value per channel. "
+                "Use larger images or a larger batch."
+            )
+        reduced: Tensor = self.reduce(feature)
+        if residual is not None:
+            upsampled = F.interpolate(residual, size=reduced.shape[-2:], mode="nearest")
+            keep, take = self.attention(torch.cat((reduced, upsampled), 1)).sigmoid().split(1, dim=1)
+            reduced = keep * reduced + take * upsampled
+        return reduced, self.expand(reduced)
+
+
+def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    """Convolution that keeps the size, then batch normalisation."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels)))
