@@ -41,30 +41,67 @@ from transkd.models.mit import VARIANTS
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = 1e-3  # between the alternatives' logits in float32, relative to the largest logit
 
+CALM = 0.1  # cores that other processes may take under --calm
+STAT = Path("/proc/stat")
+
 Run = Callable[[], Any]
 
 # What every measurement needs: turns, arithmetic, memory, the machine.
 
 
-def take_turns(runs: Mapping[str, Run], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every run, by name: after the warm-up each runs once a round, in the order given."""
+def take_turns(runs: Mapping[str, Run], rounds: int, calm: bool = False, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of every run, by name: after the warm-up each runs once a round, in the order given.
+
+    With ``calm`` a round waits until other processes leave the machine alone, and is repeated where they did not until
+    its end. What is thrown away is decided by their processor time, never by ours.
+    """
     for _ in range(warmup):
         for run in runs.values():
             run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            _wait_for_device()
-            start = time.perf_counter()
-            run()
-            _wait_for_device()
-            seconds[name].append(time.perf_counter() - start)
+    while min(map(len, seconds.values())) < rounds:
+        if calm:
+            wait_for_calm()
+        others, start = others_seconds() if calm else 0, time.perf_counter()
+        once = {name: _seconds_of(run) for name, run in runs.items()}
+        if calm and others_seconds() - others > CALM * (time.perf_counter() - start):
+            continue
+        for name, taken in once.items():
+            seconds[name].append(taken)
     return seconds
+
+
+def _seconds_of(run: Run) -> float:
+    _wait_for_device()
+    start = time.perf_counter()
+    run()
+    _wait_for_device()
+    return time.perf_counter() - start
 
 
 def _wait_for_device() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def wait_for_calm() -> None:
+    """Return once other processes have taken less than ``CALM`` of a core for a second."""
+    while True:
+        before = others_seconds()
+        time.sleep(1)
+        if others_seconds() - before < CALM:
+            return
+
+
+def others_seconds() -> float:
+    """Processor time since the start that this process did not get: other processes' and, on a shared host, theirs."""
+    try:
+        user, nice, system, _, _, *interrupts_and_steal = map(int, STAT.read_text().split()[1:9])
+    except OSError:
+        raise UserError(f"--calm reads {STAT}, which this system does not have; leave it out") from None
+    own = os.times()
+    busy = (user + nice + system + sum(interrupts_and_steal)) / os.sysconf("SC_CLK_TCK")
+    return busy - own.user - own.system
 
 
 def count_gflop(run: Run) -> float:
@@ -74,10 +111,10 @@ def count_gflop(run: Run) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def matmul_gflop_per_s(device: torch.device, dtype: torch.dtype, size: int = 2048, rounds: int = 5) -> float:
+def matmul_gflop_per_s(device: torch.device, dtype: torch.dtype, calm: bool = False, size: int = 2048) -> float:
     """What the machine reaches in a plain product of two square matrices: a mark to read the other rates by."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = take_turns({"matmul": lambda: a @ b}, rounds)["matmul"]
+    seconds = take_turns({"matmul": lambda: a @ b}, 5, calm)["matmul"]
     return 2 * size**3 / statistics.median(seconds) / 1e9
 
 
@@ -367,12 +404,13 @@ def make_rows(
     alternatives: Sequence[Alternative],
     image: Tensor,
     rounds: int,
+    calm: bool,
     device: torch.device,
     distances: Mapping[str, float],
 ) -> list[Row]:
     """Time, arithmetic and memory of every alternative."""
     runs = {name: lambda logits=logits: logits(image) for name, _, logits in alternatives}
-    seconds = take_turns(runs, rounds)
+    seconds = take_turns(runs, rounds, calm)
     ours = statistics.median(seconds[best_of_ours(seconds)])
     rows = []
     for name, module, _ in alternatives:
@@ -425,17 +463,18 @@ def forward(args: argparse.Namespace) -> None:
         for alternative in alternatives:
             alternative.module.to(device, dtype)
         image = image.to(device, dtype)
-        found["matmul_gflop_per_s"] = matmul_gflop_per_s(device, dtype)
-        rows = make_rows(alternatives, image, args.rounds, device, distances)
+        found["matmul_gflop_per_s"] = matmul_gflop_per_s(device, dtype, args.calm)
+        rows = make_rows(alternatives, image, args.rounds, args.calm, device, distances)
         found["rows"] = [row._asdict() for row in rows]
         if args.profile:
+            if args.calm:
+                wait_for_calm()
             best = next(alternative for alternative in alternatives if alternative.name == best_of_ours(distances))
             found["operators"] = operator_shares(lambda: best.logits(image), device)
 
-    height, width = args.size
-    print(
-        f"{args.network}, {args.classes} classes, {args.batch}×3×{height}×{width}, {args.dtype}, {args.rounds} rounds"
-    )
+    shape = "×".join(map(str, image.shape))
+    rounds = f"{args.rounds} rounds" + (" while nothing else ran" if args.calm else "")
+    print(f"{args.network}, {args.classes} classes, {shape}, {args.dtype}, {rounds}")
     print(say_machine(machine))
     print(f"{args.dtype} product of two 2048×2048 matrices: {found['matmul_gflop_per_s']:.0f} GFLOP/s\n")
     print(as_markdown(HEADER, [as_text(row) for row in rows]))
@@ -467,6 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--rounds", type=int, default=10, help="timed turns of each alternative")
+    common.add_argument("--calm", action="store_true", help="measure only while other processes are idle (Linux)")
     common.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
     common.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     common.add_argument("--dtype", choices=DTYPES, default="float32")

@@ -82,7 +82,7 @@ def count(name: str, size: Sequence[int]) -> Counted:
         )
 
 
-def measure(name: str, size: Sequence[int], rounds: int) -> Timed:
+def measure(name: str, size: Sequence[int], rounds: int, calm: bool) -> Timed:
     """Time of ours, and of the same network in the libraries that have it, in the same turns."""
     network = benchmark.build_network(name, CLASSES, head_of(name))
     image = torch.randn(1, 3, *size)
@@ -93,7 +93,7 @@ def measure(name: str, size: Sequence[int], rounds: int) -> Timed:
     runs = {key: lambda logits=logits: logits(image) for key, _, logits in chosen}
     with torch.inference_mode():
         benchmark.compare_logits(chosen, image)  # the first warm-up
-        seconds = benchmark.take_turns(runs, rounds, warmup=1)
+        seconds = benchmark.take_turns(runs, rounds, calm, warmup=1)
     median = {key: statistics.median(times) for key, times in seconds.items()}
     return Timed(median[best], {library: median[key] / median[best] for library, key in libraries.items()})
 
@@ -164,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--names", nargs="+", default=names, choices=names, metavar="NAME", help="default: all")
     parser.add_argument("--size", type=int, nargs=2, default=(512, 1024), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rounds", type=int, default=3, help="timed turns of each network")
+    parser.add_argument("--calm", action="store_true", help="measure only while other processes are idle (Linux)")
     parser.add_argument("--no-latency", dest="latency", action="store_false", help="leave out what takes minutes")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args(arguments)
@@ -175,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for name in args.names:
             print(name, file=sys.stderr)
-            timed = measure(name, args.size, args.rounds) if args.latency else None
+            timed = measure(name, args.size, args.rounds, args.calm) if args.latency else None
             rows.append(as_cells(count(name, args.size), timed))
     except UserError as error:
         sys.exit(f"error: {error}")

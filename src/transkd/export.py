@@ -51,7 +51,7 @@ def write_checked(cfg: "DictConfig", path: Path) -> str:
         raise UserError(f"fuse=true is for format=onnx and format=torch; format={cfg.format} holds the plain network")
     _check_packages(cfg.format, form)
 
-    network, source_card = load_segmenter(str(cfg.weights))
+    network, source_card = load_segmenter(str(cfg.weights), cfg.license)
     check_license_policy(network.lineage, cfg.license_policy, str(cfg.weights))
     network.eval()
     card = complete_card(network, source_card)

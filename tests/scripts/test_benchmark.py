@@ -17,7 +17,7 @@ KEYS = {"command", "date", "settings", "machine", "matmul_gflop_per_s", "rows"}
 
 @pytest.fixture(autouse=True)
 def _few_operations(monkeypatch):
-    monkeypatch.setattr(benchmark, "matmul_gflop_per_s", lambda device, dtype: 1.0)
+    monkeypatch.setattr(benchmark, "matmul_gflop_per_s", lambda device, dtype, calm: 1.0)
 
 
 def run(*arguments):
@@ -150,6 +150,39 @@ def test_turns():
     seconds = benchmark.take_turns(runs, rounds=2, warmup=1)
     assert "".join(order) == "ababab"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_disturbed_rounds_are_repeated(monkeypatch):
+    # three rounds, others taking 2, 0 and 0 seconds meanwhile: the first does not count
+    taken = iter([0, 2, 2, 2, 2, 2])
+    monkeypatch.setattr(benchmark, "others_seconds", lambda: next(taken))
+    waits = []
+    monkeypatch.setattr(benchmark, "wait_for_calm", lambda: waits.append(None))
+    order = []
+    seconds = benchmark.take_turns({"a": lambda: order.append("a")}, rounds=2, calm=True, warmup=0)
+    assert (len(seconds["a"]), len(order), len(waits)) == (2, 3, 3)
+
+
+def test_calm_is_waited_for(monkeypatch):
+    if not benchmark.STAT.exists():
+        pytest.skip("this system does not tell")
+    taken = iter([0, 1, 1, 1.05])  # a second of others' time in the first second, next to none in the second
+    monkeypatch.setattr(benchmark, "others_seconds", lambda: next(taken))
+    slept = []
+    monkeypatch.setattr(benchmark.time, "sleep", slept.append)
+    benchmark.wait_for_calm()
+    assert slept == [1, 1]
+
+
+def test_own_time_is_nobody_elses():
+    if not benchmark.STAT.exists():
+        pytest.skip("this system does not tell")
+    assert benchmark.others_seconds() > 0
+
+
+def test_calm_needs_linux(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "STAT", tmp_path / "stat")
+    assert "--calm reads" in one_line_error("--calm")
 
 
 def test_gflop_by_hand():

@@ -125,10 +125,10 @@ class _Logits(nn.Module):
 
 def _trace(network: Segmenter) -> torch.export.ExportedProgram:
     """The network as a program for any batch, height and width."""
-    side = torch.export.Dim.DYNAMIC(min=SMALLEST_TRACED)
-    shapes = {"image": {0: torch.export.Dim.DYNAMIC, 2: side, 3: side}}
     image = torch.zeros(2, 3, 75, 133)  # sizes that no stride divides, so that none is taken for special
     with torch.no_grad(), _explained(network, "traced by torch.export"):
+        side = torch.export.Dim.DYNAMIC(min=SMALLEST_TRACED)
+        shapes = {"image": {0: torch.export.Dim.DYNAMIC, 2: side, 3: side}}
         return torch.export.export(_Logits(network).eval(), (image,), dynamic_shapes=shapes)
 
 

@@ -56,7 +56,7 @@ class ConvolutionalAttention(nn.Module):
         attention = (logits * self.scale).softmax(dim=-1)  # [B, L, heads, P, P]
 
         windows = F.unfold(image, self.KERNEL, padding=self.PADDING, stride=self.STRIDE)  # [B, C·P, L]
-        by_position = windows.view(len(x), x.shape[3], positions, -1).transpose(1, 2)  # [B, P, C, L]
+        by_position = windows.view(x.shape[0], x.shape[3], positions, -1).transpose(1, 2)  # [B, P, C, L]
         values = self.value(by_position.flatten(1, 2)[..., None]).squeeze(3).unflatten(1, (positions, self.heads, -1))
 
         attended = attention @ values.permute(0, 4, 2, 1, 3)  # [B, L, heads, P, D]
@@ -93,7 +93,7 @@ class AtrousAttention(nn.Module):
         weight, groups = self.atrous.weight, self.atrous.groups
         scales = [F.silu(F.conv2d(queries, weight, padding=d, dilation=d, groups=groups)) for d in self.DILATIONS]
         query = channels_last(reduce(torch.add, scales)).contiguous()  # fast attention wants channels side by side
-        query = query.view(len(x), -1, self.heads, x.shape[3] // self.heads).transpose(1, 2)
+        query = query.view(x.shape[0], -1, self.heads, x.shape[3] // self.heads).transpose(1, 2)
 
         context = self.norm(channels_last(self.sr(channels_first(x)))) if self.reduction > 1 else x
         key, value = self.kv(context.flatten(1, 2)).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -18,7 +18,7 @@ __all__ = ["MixTransformer"]
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """View tokens [B, N, C] as a map [B, C, H, W]; no copy, the map is channels-last in memory."""
-    return tokens.transpose(1, 2).view(len(tokens), -1, *grid)
+    return tokens.transpose(1, 2).view(tokens.shape[0], -1, *grid)
 
 
 def to_tokens(feature_map: Tensor) -> Tensor:

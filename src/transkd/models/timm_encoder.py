@@ -78,6 +78,8 @@ class _Recorder:
         """The patch embeddings as tokens [B, N, C]; nothing is kept."""
         taken = [seen for seen in self.seen if seen is not None]
         self.clear()
+        if torch.compiler.is_exporting():  # an exported program gives logits alone, whatever the image's shape
+            return ()
         if not taken or taken[0].ndim == 3:
             return tuple(taken)
         # Which axis holds the channels is told by the grid, that of the stage's feature, and is the same for the whole

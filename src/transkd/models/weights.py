@@ -70,10 +70,14 @@ def save_segmenter(network: Network, path: str | Path, classes: tuple[Any, Any] 
     write_atomically(path, content)
 
 
-def load_segmenter(source: str | Path | Weights) -> tuple[Segmenter, dict[str, Any]]:
+def load_segmenter(source: str | Path | Weights, license: str | None = None) -> tuple[Segmenter, dict[str, Any]]:
     """Build the network that weights describe, and load them; gives the network and what is known of it.
 
     Our own files and folders say which network they hold; a whole SegFormer of anybody's is told by its tensors.
+
+    Args:
+        source: see ``read_weights``, or what that gave.
+        license: of the weights, where they do not say themselves.
 
     Raises:
         UserError: neither is the case (build it with ``create_segmenter(..., weights=source)``).
@@ -87,7 +91,7 @@ def load_segmenter(source: str | Path | Weights) -> tuple[Segmenter, dict[str, A
             "give the network: student=… on the command line, create_segmenter(name, num_classes, weights=…) in Python"
         )
     network = create_segmenter(**recipe)
-    load_weights(network, weights)
+    load_weights(network, weights, license=license)
     return network, weights.card
 
 
