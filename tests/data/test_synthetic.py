@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from transkd.data import synthetic
-from transkd.data.classes import CAMVID, CITYSCAPES, CLASS_SETS
+from transkd.data.classes import CITYSCAPES, CLASS_SETS
 from transkd.data.synthetic import CONDITIONS, draw_scene, write_road_scenes
 from transkd.errors import UserError
 
@@ -35,8 +35,9 @@ def test_class_sets_are_complete():
     assert {name: len(classes.names) for name, classes in CLASS_SETS.items()} == {
         "cityscapes": 19,
         "camvid": 11,
+        "voc": 21,
     }
-    for classes in (CITYSCAPES, CAMVID):
+    for classes in CLASS_SETS.values():
         assert len(set(classes.names)) == len(set(classes.palette)) == len(classes.names)
         assert len(classes.palette) == len(classes.names)
     assert CITYSCAPES.names[11] == "person"

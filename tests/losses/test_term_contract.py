@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn import CLASSES, STUDENT, TEACHER, gradients, make_pair, redrawn
+from drawn import CLASSES, STUDENT, TEACHER, gradients, make_output, make_pair, redrawn, tensors
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.outputs import EVERYTHING
 
@@ -173,3 +174,141 @@ def test_all_together_in_a_criterion():
     assert set(values) == set(terms)
     expected = sum(terms[name].weight * value for name, value in values.items())
     torch.testing.assert_close(total, expected)
+
+
+# Labels, sizes and batches
+
+
+# takes the labels' size alone
+LABELS_AS_A_GRID = {"SKDAdversarialLoss"}
+
+
+def reads_labels(term, pair):
+    """Whether the values of labels matter to a term; it then asks for them."""
+    try:
+        called(copy.deepcopy(term), pair.student, pair.teacher)
+    except UserError as error:
+        return "labels" in str(error) and type(term).__name__ not in LABELS_AS_A_GRID
+    return False
+
+
+def test_a_batch_without_a_valid_label(term, widths):
+    pair = make_pair(*widths)
+    value = called(term, pair.student, pair.teacher, torch.full_like(pair.target, 255))
+    assert value.isfinite()
+    value.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(pair.student))
+    assert all(p.grad is None or p.grad.isfinite().all() for p in term.parameters())
+    if reads_labels(term, pair):
+        assert value == 0
+        assert not any(gradient.any() for gradient in gradients(pair.student))
+
+
+def test_ignored_positions_teach_nothing(term, widths):
+    """What the student gives on the left half, where every label is 255, matters to no term that reads labels."""
+    pair = make_pair(*widths)
+    if not reads_labels(term, pair):
+        pytest.skip("reads no labels")
+    target = pair.target.clone()
+    target[:, :, :48] = 255
+    term = term.eval()  # batch statistics see every position
+    expected = called(copy.deepcopy(term), pair.student, pair.teacher, target)
+
+    def changed(maps):
+        columns = maps.shape[3] // 2
+        edge = max(columns - 2, 0) if term_grid(term) == "labels" else columns  # interpolation looks over the edge
+        return torch.cat([maps[..., :edge] + 3 * torch.rand_like(maps[..., :edge]), maps[..., edge:]], dim=3)
+
+    student = pair.student._replace(
+        logits=changed(pair.student.logits), features=tuple(changed(maps) for maps in pair.student.features)
+    )
+    torch.testing.assert_close(called(term, student, pair.teacher, target), expected)
+
+
+def term_grid(term):
+    return getattr(term, "grid", "teacher")
+
+
+def test_networks_of_other_sizes_are_aligned_or_refused(term, widths):
+    """A teacher that sees the image at twice the size."""
+    student, _, target = make_pair(*widths)
+    teacher = make_output(widths[1], size=(128, 192), seed=2)
+    refused = ""
+    try:
+        value = called(term, student, teacher, target)
+    except UserError as error:
+        refused = str(error)
+    if refused:
+        assert "\n" not in refused
+        assert re.search("tokens|positions|image", refused)
+        return
+    assert value.isfinite()
+    value.backward()
+    assert any(gradient.abs().sum() > 0 for gradient in gradients(student))
+
+
+# terms whose value is a mean over positions, by their method: four copies of the image beside each other change nothing
+PER_POSITION = {"kd", "dkd", "fitnet", "cwd", "cwd_feature", "dist", "pea", "pea_shallow", "ifvd"}
+
+
+@pytest.mark.parametrize("name", sorted(PER_POSITION))
+def test_a_value_does_not_grow_with_the_image(name):
+    torch.manual_seed(0)
+    term = instantiate(entry(FOLDER / f"{name}.yaml")).term.eval()
+    student, teacher, target = make_pair()
+
+    def tiled(output):
+        return output._replace(
+            logits=output.logits.repeat(1, 1, 2, 2),
+            features=tuple(maps.repeat(1, 1, 2, 2) for maps in output.features),
+            embeddings=tuple(tokens.repeat(1, 4, 1) for tokens in output.embeddings),
+            image=output.image.repeat(1, 1, 2, 2),
+        )
+
+    small = term(student, teacher, target)
+    torch.testing.assert_close(term(tiled(student), tiled(teacher), target.repeat(1, 2, 2)), small)
+
+
+def test_a_student_that_is_the_teacher_has_the_least(term):
+    """Where a term owns nothing and reads no labels, equal networks are its minimum, 0."""
+    _, teacher, target = make_pair(TEACHER, TEACHER)
+    pair = make_pair(TEACHER, TEACHER)
+    if list(term.parameters()) or reads_labels(term, pair):
+        pytest.skip("owns parameters or reads labels")
+    same = called(term, teacher, teacher, target)
+    other = called(term, pair.student, teacher, target)
+    assert abs(same) < 1e-5 * other
+
+
+# terms whose value for a batch is by their method no mean over its images; their documentation says so
+ACROSS_THE_BATCH = {"cirkd", "cirkd_memory", "csf", "dist", "manifold", "reviewkd", "skd_adversarial", "vlfd"}
+AT_RANDOM = {"mgd"}
+
+
+def test_processes_give_the_gradient_of_the_joined_batch(term, path, widths):
+    """Data-parallel training averages gradients: those of two halves must average to those of the whole."""
+    if path.stem in AT_RANDOM:
+        pytest.skip("draws anew for each process")
+    if path.stem in ACROSS_THE_BATCH:
+        assert "batch" in (type(term).__doc__ or "").lower()
+        return
+    student, teacher, target = make_pair(*widths, batch=4)
+
+    def half(output, i):
+        part = slice(2 * i, 2 * i + 2)
+        return output._replace(
+            logits=output.logits[part],
+            features=tuple(maps[part] for maps in output.features),
+            embeddings=tuple(tokens[part] for tokens in output.embeddings),
+            image=output.image[part],
+        )
+
+    called(term, student, teacher, target).backward()
+    whole = [p.grad.clone() for p in term.parameters()] + [g.clone() for g in gradients(student)]
+    for tensor in [*term.parameters(), *tensors(student)]:
+        tensor.grad = None
+    halves = [called(term, half(student, i), half(teacher, i), target[2 * i : 2 * i + 2]) for i in range(2)]
+    (torch.stack(halves).sum() / 2).backward()
+    averaged = [p.grad for p in term.parameters()] + gradients(student)
+    for one, other in zip(averaged, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,322 @@
+"""Write docs/losses.md and docs/losses/*.svg: every term of conf/term, what it reads and trains, and what it costs.
+
+    python scripts/loss_table.py                # measures; minutes on two cores
+    python scripts/loss_table.py --no-cost      # the rest alone, with the costs that docs/losses.md has
+
+Every term is built for MiT-B2 -> MiT-B0 with 19 classes and shown drawn outputs of the size that these networks give
+for one image of 512×1024. What it reads is found by trying: a tensor whose replacement by NaN changes the value is
+read. Time and memory are those of the value and its gradient, over those of the task's cross-entropy at label size.
+"""
+
+import argparse
+import inspect
+import platform
+import re
+import statistics
+import textwrap
+import time
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrow, Rectangle
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.profiler import profile
+
+from transkd.losses import TaskCrossEntropy
+from transkd.outputs import SegmentationOutput
+
+ROOT = Path(__file__).parents[1]
+CLASSES, SIZE = 19, (512, 1024)
+STUDENT, TEACHER = (32, 64, 160, 256), (64, 128, 320, 512)
+# settings without which a term cannot meet these outputs, stated in the table
+SETTINGS = {"isrd": {"ratio": 4}, "wecolora": {}}
+SAME_WIDTHS = {"wecolora"}
+
+
+class Term(NamedTuple):
+    """One file of conf/term, built."""
+
+    name: str
+    module: nn.Module
+    about: str
+    weight: float
+    pair: tuple[SegmentationOutput, SegmentationOutput, Tensor]
+
+
+def draw_pair(
+    student: tuple[int, ...], teacher: tuple[int, ...], size: tuple[int, int]
+) -> tuple[SegmentationOutput, SegmentationOutput, Tensor]:
+    """Outputs of two networks that were never there, and labels with a part to ignore."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def output(channels: tuple[int, ...]) -> SegmentationOutput:
+        grids = [(size[0] // 2**i, size[1] // 2**i) for i in range(2, 6)]
+        return SegmentationOutput(
+            draw(1, CLASSES, *grids[0]),
+            tuple(draw(1, c, *grid) for c, grid in zip(channels, grids, strict=True)),
+            tuple(draw(1, grid[0] * grid[1], c) for c, grid in zip(channels, grids, strict=True)),
+            draw(1, 3, *size),
+        )
+
+    target = torch.randint(0, CLASSES, (1, *size), generator=generator)
+    target[:, : size[0] // 16] = 255
+    return output(student), output(teacher), target
+
+
+def build(path: Path, size: tuple[int, int] = SIZE) -> Term:
+    """Build one file's term."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    entry = OmegaConf.merge(OmegaConf.load(path), {"term": SETTINGS.get(path.stem, {})})
+    student = TEACHER if path.stem in SAME_WIDTHS else STUDENT
+    context = {
+        "channels": {"student": list(student), "teacher": list(TEACHER)},
+        "data": {"num_classes": CLASSES},
+        "entry": entry,
+    }
+    built = instantiate(OmegaConf.create(context).entry)
+    return Term(path.stem, built.term, lines[1].removeprefix("# "), built.weight, draw_pair(student, TEACHER, size))
+
+
+def parts(output: SegmentationOutput) -> dict[str, Tensor]:
+    """An output's tensors by what the table calls them."""
+    named = {"image": output.image, "logits": output.logits}
+    for kind in ("features", "embeddings"):
+        named |= {f"{kind} {i}": tensor for i, tensor in enumerate(getattr(output, kind), start=1)}
+    return named
+
+
+def replaced(output: SegmentationOutput, name: str, tensor: Tensor) -> SegmentationOutput:
+    """An output with one tensor changed."""
+    kind, _, stage = name.partition(" ")
+    if not stage:
+        return output._replace(**{kind: tensor})
+    tensors = list(getattr(output, kind))
+    tensors[int(stage) - 1] = tensor
+    return output._replace(**{kind: tuple(tensors)})
+
+
+@torch.no_grad()
+def reads(term: Term) -> tuple[list[str], list[str], bool]:
+    """What changes the term's value: of the student, of the teacher, and whether the labels do."""
+    student, teacher, target = term.pair
+
+    def value(*arguments: object) -> Tensor:
+        torch.manual_seed(0)
+        return term.module.eval()(*arguments)
+
+    expected = value(student, teacher, target)
+    found = []
+    for i, output in enumerate((student, teacher)):
+        names = []
+        for name, tensor in parts(output).items():
+            changed = replaced(output, name, torch.full_like(tensor, torch.nan))
+            pair = (changed, teacher) if i == 0 else (student, changed)
+            if not torch.equal(value(*pair, target), expected):
+                names.append(name)
+        found.append(names)
+    labels = not torch.equal(value(student, teacher, target.roll(1, 2)), expected)
+    return found[0], found[1], labels
+
+
+def cost(
+    term: nn.Module, pair: tuple[SegmentationOutput, SegmentationOutput, Tensor], rounds: int
+) -> tuple[float, int]:
+    """Median seconds and peak bytes of a term's value and gradient, beyond what it is given."""
+    student, teacher, target = pair
+    student = student._replace(
+        logits=student.logits.clone().requires_grad_(),
+        features=tuple(tensor.clone().requires_grad_() for tensor in student.features),
+        embeddings=tuple(tensor.clone().requires_grad_() for tensor in student.embeddings),
+    )
+
+    def step() -> None:
+        term.train()(student, teacher, target).backward()
+        for tensor in parts(student).values():
+            tensor.grad = None
+        term.zero_grad()
+
+    step()
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    with profile(profile_memory=True) as recorded:
+        step()
+    level = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return statistics.median(seconds), peak
+
+
+def summarise(names: list[str]) -> str:
+    """``features 1``, ``features 2`` … as "features 1-4"."""
+    said = [name for name in names if " " not in name]
+    for kind in ("features", "embeddings"):
+        stages = [name.split()[1] for name in names if name.startswith(f"{kind} ")]
+        if stages:
+            said.append(f"{kind} {', '.join(stages)}" if len(stages) < 4 else f"{kind} 1-4")
+    return "; ".join(said)
+
+
+def draw(path: Path, student: list[str], teacher: list[str], labels: bool) -> None:
+    """The two networks as rows of boxes; filled is what the term reads."""
+    figure = Figure(figsize=(7.2, 1.9))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 14.4), ylim=(0, 3.8))
+    axes.axis("off")
+    boxes = [("image", "image")]
+    for stage in range(1, 5):
+        boxes += [(f"embeddings {stage}", f"E{stage}"), (f"features {stage}", f"F{stage}")]
+    boxes += [("logits", "logits")]
+    for y, who, read, colour in ((2.2, "teacher", teacher, "#c44e52"), (0.5, "student", student, "#4c72b0")):
+        axes.text(0.1, y + 0.45, who, va="center", fontsize=9)
+        for i, (name, text) in enumerate(boxes):
+            x = 1.4 + 1.15 * i
+            filled = name in read
+            axes.add_patch(Rectangle((x, y), 0.9, 0.9, facecolor=colour if filled else "white", edgecolor="#555555"))
+            axes.text(
+                x + 0.45, y + 0.45, text, ha="center", va="center", fontsize=8, color="white" if filled else "#555555"
+            )
+            if i:
+                axes.add_patch(FancyArrow(x - 0.24, y + 0.45, 0.12, 0, width=0.01, head_width=0.12, color="#999999"))
+    axes.add_patch(Rectangle((13.1, 1.4), 1.1, 0.8, facecolor="#55a868" if labels else "white", edgecolor="#555555"))
+    axes.text(13.65, 1.8, "labels", ha="center", va="center", fontsize=8, color="white" if labels else "#555555")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def describe(module: nn.Module) -> str:
+    """The docstring up to its arguments."""
+    text = inspect.getdoc(type(module)) or ""
+    return re.split(r"\n(?:Args|Shapes|Raises|Attributes|Example):", text)[0].strip()
+
+
+def as_markdown(text: str) -> str:
+    """Indented formulas as code blocks, cross references as code."""
+    lines = []
+    for block in re.split(r"\n\n", text.replace("``", "`")):
+        if all(line.startswith("    ") for line in block.splitlines()):
+            lines.append(f"```text\n{textwrap.dedent(block)}\n```")
+        else:
+            lines.append(block)
+    return "\n\n".join(lines)
+
+
+def known_costs(path: Path) -> dict[str, tuple[str, str]]:
+    """The two columns of a table that was written before."""
+    if not path.is_file():
+        return {}
+    rows = re.findall(r"^\| \[`(\w+)`\].*\| ([^|]+) \| ([^|]+) \|$", path.read_text(encoding="utf-8"), re.M)
+    return {name: (seconds, memory) for name, seconds, memory in rows}
+
+
+HEAD = """# Distillation terms
+
+Written by `python scripts/loss_table.py` from `conf/term/` and the classes' documentation; do not edit.
+
+A term compares the outputs of a student and a teacher (`SegmentationOutput`: logits, features F1-F4, patch embeddings
+E1-E4, the image as the network was fed) and gives a scalar without its weight. Choose terms with `'term=[kd,csf]'`, or
+a preset that weighs them as its paper does with `distill=`; [conf/distill](../conf/distill) says whose composition
+each is.
+
+Rules that all terms share: the teacher is a constant; maps of other sizes are brought to one grid, the teacher's by
+default (bilinear, align_corners=False); labels go to a grid by nearest neighbour, 255 is ignored; arithmetic is
+float32 at least; a batch from which nothing can be learnt gives a 0 with zero gradients; means are over positions, so
+that a value does not grow with the image, but where the method itself is a sum (stated).
+
+**Weights.** `criterion.terms.<name>.weight=0.5` sets one. With `'criterion.terms.<name>.weight="auto(0.3)"'` it is set
+on the first ten steps so that the term's gradient on the student has 0.3 times the norm of the task's, and kept. A
+schedule multiplies it: `'+criterion.terms.<name>.schedule={_target_:transkd.losses.Schedule,end:0.8}'` is on for 80 %
+of the run; `start`, `rise`, `end` and `fall` are fractions of the run, or with `unit:epoch` or `unit:step` those;
+`shape:cosine` rounds the ramps. While no term reads the teacher, it does not run. `gradients_every=50` logs each
+term's gradient norm and its cosine with the task's.
+
+"""
+
+
+def main() -> None:
+    """Measure, draw, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-cost", action="store_true", help="keep the costs that docs/losses.md has")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "losses.md")
+    arguments = parser.parse_args()
+    pictures = arguments.output.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    known = known_costs(arguments.output) if arguments.no_cost else {}
+
+    task_pair = draw_pair(STUDENT, TEACHER, SIZE)
+    reference = None if arguments.no_cost else cost(TaskCrossEntropy(), task_pair, arguments.rounds)
+    rows, sections = [], []
+    for path in sorted((ROOT / "conf" / "term").glob("*.yaml")):
+        # what a term reads does not depend on the size; small outputs find it quickly
+        student, teacher, labels = reads(build(path, (256, 256)))
+        draw(pictures / f"{path.stem}.svg", student, teacher, labels)
+        term = build(path)
+        seconds, memory = known.get(path.stem, ("-", "-"))
+        if reference is not None:
+            spent, peak = cost(term.module, term.pair, arguments.rounds)
+            seconds, memory = f"{spent / reference[0]:.2f}", f"{peak / reference[1]:.2f}"
+        trained = sum(p.numel() for p in term.module.parameters() if p.requires_grad)
+        kind = type(term.module).__name__
+        columns = [
+            f"[`{term.name}`](#{term.name})",
+            f"`{kind}`",
+            term.about.split(": ", 1)[0],
+            summarise(student),
+            summarise(teacher),
+            "yes" if labels else "",
+            f"{trained / 1e6:.2f} M" if trained else "",
+            f"{term.weight:g}",
+            seconds,
+            memory,
+        ]
+        rows.append(f"| {' | '.join(columns)} |")
+        settings = f" Here with {SETTINGS[term.name]}." if SETTINGS.get(term.name) else ""
+        sections.append(
+            f"## {term.name}\n\n`{kind}`, [conf/term/{term.name}.yaml](../conf/term/{term.name}.yaml): "
+            f"{term.about}.{settings}\n\n![what {term.name} reads]({pictures.name}/{term.name}.svg)\n\n"
+            f"{as_markdown(describe(term.module))}\n"
+        )
+        print(rows[-1], flush=True)
+    header = [
+        "term",
+        "class",
+        "method",
+        "reads of the student",
+        "of the teacher",
+        "labels",
+        "trains",
+        "weight",
+        "time",
+        "memory",
+    ]
+    table = "\n".join([f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *rows])
+    measured = (
+        "Time and memory: value and gradient for one image of 512×1024, MiT-B2 → MiT-B0 "
+        f"({', '.join(sorted(SAME_WIDTHS))}: equal widths), 19 classes, float32, over those of the task's "
+        "cross-entropy at label size; memory is the peak beyond the networks' outputs.\n"
+    )
+    if reference is not None:
+        measured += (
+            f"The cross-entropy itself: {reference[0]:.3f} s, {reference[1] / 2**20:.0f} MiB. Measured {date.today()} "
+            f"on {torch.get_num_threads()} threads ({platform.machine()}), torch {torch.__version__}.\n"
+        )
+    elif arguments.output.is_file():
+        found = re.search(r"^The cross-entropy itself: .*$", arguments.output.read_text(encoding="utf-8"), re.M)
+        measured += f"{found[0]}\n" if found else ""
+    arguments.output.write_text(f"{HEAD}{table}\n\n{measured}\n" + "\n".join(sections), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
