@@ -19,6 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import torch
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
@@ -192,7 +193,8 @@ def draw(path: Path, student: list[str], teacher: list[str], labels: bool) -> No
                 axes.add_patch(FancyArrow(x - 0.24, y + 0.45, 0.12, 0, width=0.01, head_width=0.12, color="#999999"))
     axes.add_patch(Rectangle((13.1, 1.4), 1.1, 0.8, facecolor="#55a868" if labels else "white", edgecolor="#555555"))
     axes.text(13.65, 1.8, "labels", ha="center", va="center", fontsize=8, color="white" if labels else "#555555")
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "transkd"}):  # small, the same each time
+        figure.savefig(path, metadata={"Date": None})
 
 
 def describe(module: nn.Module) -> str:

@@ -24,6 +24,9 @@ class ATLoss(nn.Module):
     The value falls as 1 / N, which is why weights are large: CIRKD's 10000 belongs to maps of 64×128 positions,
     1000 is usual in classification. Scale the weight with N.
 
+    On maps that come out of a LayerNorm over the channels, as MiT's stages do, every position has about the same mean
+    square, so the attention is nearly flat and there is little to learn from it.
+
     Source: Zagoruyko and Komodakis, arXiv 1612.03928, section 3.1. One published code pools to a square of the smaller
     height, and some leave out the absolute value, which an odd p needs.
 
