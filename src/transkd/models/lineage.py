@@ -86,5 +86,6 @@ def check_license_policy(lineage: Lineage, policy: str, who: str) -> None:
     if refused:
         raise UserError(
             f"license_policy=commercial refuses {who}: {describe_lineage(refused)}. Start from weights that allow "
-            "commercial use, or say under which licence a file stands with license=… (student.license=…, teacher.license=… in training)"
+            "commercial use, or say under which licence a file stands: license=…, in training student.license=… or "
+            "teacher.license=…"
         )
