@@ -186,7 +186,7 @@ def say_machine(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
     device = "" if machine["device"] == "cpu" else f"{machine['device']}, "
     cpu = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
-    return f"{device}{cpu}, load before it {machine['load']}; Python {machine['python']}, {versions}"
+    return f"{device}{cpu}, load {machine['load']} at the start; Python {machine['python']}, {versions}"
 
 
 def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

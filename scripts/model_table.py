@@ -1,6 +1,6 @@
 """Write docs/models.md: size, arithmetic and speed of the networks, beside the same ones of other libraries.
 
-python scripts/model_table.py [--size 512 1024] [--rounds 3] [--no-latency] [--names segformer_b0 …] [--output FILE]
+python scripts/model_table.py [--size 512 1024] [--rounds 3] [--calm] [--no-latency] [--names NAME …] [--output FILE]
 
 Arithmetic is counted on the meta device, where it costs nothing; times are taken as scripts/benchmark.py takes them.
 """
@@ -132,7 +132,8 @@ image of {height}×{width}. Any other timm network with four stages from stride 
 """
 
 LATENCY = """\
-- **seconds**: one forward, float32, median of {rounds} after two of warm-up; fused where the head is SegFormer's.
+- **seconds**: one forward, float32, median of {rounds} after two of warm-up{calm}.
+  Fused where the head is SegFormer's.
 - **transformers**, **smp** (segmentation_models.pytorch): how many times as long as ours the same network with the same
   weights takes there, measured in the same turns. All end with the logits at stride 4; they agree with ours to
   {tolerance:g} of the largest logit, else nothing is timed.
@@ -144,7 +145,8 @@ def write_page(rows: Sequence[Sequence[str]], args: argparse.Namespace, machine:
     """The whole page."""
     times = ["seconds", *LIBRARIES] if args.latency else []
     header = ["network", "head", "parameters M", "GFLOP drawn out", "GFLOP", *times, "strides", "embeddings"]
-    said = LATENCY.format(rounds=args.rounds, tolerance=benchmark.TOLERANCE, machine=machine)
+    calm = ", while other processes were idle" if args.calm else ""
+    said = LATENCY.format(rounds=args.rounds, calm=calm, tolerance=benchmark.TOLERANCE, machine=machine)
     return PAGE.format(
         date=datetime.date.today(),
         command=shlex.join(["python", "scripts/model_table.py", *args.command_line]),
