@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs import TINY, assert_identical, composed, results, student
 
+from transkd.cli import CONF
 from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.models import load_segmenter
@@ -227,13 +228,36 @@ def test_teacher_and_student_with_different_numbers_of_stages(base, monkeypatch)
 
     forward = FrozenTeacher.forward
 
-    def three_stages(self, image):
-        output = forward(self, image)
+    def three_stages(self, image, needs=None):
+        output = forward(self, image, needs)
         return output._replace(features=output.features[:3])
 
     monkeypatch.setattr(FrozenTeacher, "forward", three_stages)
     with pytest.raises(UserError, match=r"Term 'csf'.*3"):
         run(composed(base, "stages", "distill=transkd_base"))
+
+
+LARGER = [
+    "data.prepare.height=64",
+    "data.prepare.width=128",
+    "data.train_transform.transforms.0.height=64",
+    "data.train_transform.transforms.0.width=128",
+]
+PRESETS = sorted(
+    path.stem for path in (CONF / "distill").glob("*.yaml") if not path.stem.startswith(("transkd", "none"))
+)
+# its discriminator wants 64×64 logits; the labels are so large here
+NEEDED = {"skd_adversarial": ["criterion.terms.skd_adversarial.term.grid=labels"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_of_the_zoo_trains(base, preset):
+    short = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "pictures=0", f"data.root={base / 'larger'}"]
+    run(composed(base, preset, f"distill={preset}", *LARGER, *short, *NEEDED.get(preset, [])))
+    found = results(base, preset)
+    assert len(found["terms"]) >= 2
+    assert all(tensor.isfinite().all() for tensor in student(base, preset).values())
 
 
 @pytest.mark.parametrize("preset", ["transkd_gl", "transkd_ea", "transkd_cwd"])
