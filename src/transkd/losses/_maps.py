@@ -1,7 +1,4 @@
-"""What the terms of the zoo share: one grid for two maps, labels on it, the stages that a term compares.
-
-The numbering of the rules is that of docs/losses.md, "Rules that all terms share".
-"""
+"""What the terms share: one grid for two maps, labels on it, the stages that a term compares."""
 
 from collections.abc import Sequence
 
@@ -143,8 +140,9 @@ def nothing(*tensors: Tensor) -> Tensor:
         >>> nothing(torch.tensor([float("inf")]))
         tensor(0.)
     """
-    return torch.stack([widen(tensor).masked_fill(torch.ones((), dtype=torch.bool, device=tensor.device), 0).sum()
-                        for tensor in tensors]).sum()  # fmt: skip
+    # 0 times the values would keep an infinity as NaN
+    zeros = [widen(tensor).masked_fill(torch.ones_like(tensor, dtype=torch.bool), 0).sum() for tensor in tensors]
+    return torch.stack(zeros).sum()
 
 
 def require_target(term: object, target: Tensor | None) -> Tensor:
