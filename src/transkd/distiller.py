@@ -66,7 +66,8 @@ class Distiller(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step of distillation."""
         image, target, *names = batch
-        self.criterion.advance(self._progress())
+        if self.criterion.schedules:
+            self.criterion.advance(self._progress())
         student = self.student(image)
         needs = self.criterion.needs
         teacher = self.teacher(image, needs) if self.teacher is not None and needs else None

@@ -8,7 +8,7 @@ from torch import Tensor
 from transkd.errors import UserError
 from transkd.outputs import SegmentationOutput
 
-__all__ = ["check_needs", "paired_channels", "stage_pairs"]
+__all__ = ["check_needs", "name_of", "paired_channels", "stage_pairs"]
 
 CHANNEL_DIM = {"features": 1, "embeddings": 2}
 INSTEAD = {
@@ -37,7 +37,7 @@ def paired_channels(
     """
     if len(student) != len(teacher) or not student:
         raise UserError(
-            f"{_name(term)} pairs each stage of the student with one of the teacher; got {len(student)} "
+            f"{name_of(term)} pairs each stage of the student with one of the teacher; got {len(student)} "
             f"student_channels {list(student)} and {len(teacher)} teacher_channels {list(teacher)}. "
             "Choose networks with the same number of stages."
         )
@@ -54,13 +54,13 @@ def check_needs(
     """
     if needs and teacher is None:
         raise UserError(
-            f"{_name(term)} reads the teacher's {', '.join(sorted(needs))}, but there is no teacher. "
+            f"{name_of(term)} reads the teacher's {', '.join(sorted(needs))}, but there is no teacher. "
             "Choose a teacher, or train without distillation (distill=none)."
         )
     for kind in sorted(needs):
         for who, output in (("student", student), ("teacher", teacher)):
             if getattr(output, kind) is None or len(getattr(output, kind)) == 0:
-                raise UserError(f"{_name(term)} compares {kind}, but the {who} shows none: {INSTEAD[kind]}.")
+                raise UserError(f"{name_of(term)} compares {kind}, but the {who} shows none: {INSTEAD[kind]}.")
     return teacher
 
 
@@ -84,7 +84,7 @@ def stage_pairs(
     theirs: tuple[Tensor, ...] = getattr(shown, kind)
     if not len(ours) == len(theirs) == len(term.student_channels):
         raise UserError(
-            f"{_name(term)} was built for {len(term.student_channels)} stages and pairs them one to one; "
+            f"{name_of(term)} was built for {len(term.student_channels)} stages and pairs them one to one; "
             f"the student shows {len(ours)} stages of {kind}, the teacher {len(theirs)}. "
             "Choose networks with the same number of stages."
         )
@@ -101,7 +101,7 @@ def _check_channels(
     got = tuple(stage.shape[CHANNEL_DIM[kind]] for stage in maps)
     if got != expected:
         raise UserError(
-            f"{_name(term)} was built with {who}_channels={expected}, but the {who}'s {kind} have {got}. "
+            f"{name_of(term)} was built with {who}_channels={expected}, but the {who}'s {kind} have {got}. "
             f"Build it with {who}_channels={got}."
         )
 
@@ -111,8 +111,8 @@ def _check_grids(term: StagewiseTerm, student: SegmentationOutput, teacher: Segm
     for i, (ours, theirs) in enumerate(zip(student.embeddings, teacher.embeddings, strict=True), start=1):
         if ours.shape[1] != theirs.shape[1]:
             raise UserError(
-                f"{_name(term)} pairs patch embeddings position by position, but stage {i} has {ours.shape[1]} tokens "
-                f"in the student ({_image_size(student)}) and {theirs.shape[1]} in the teacher "
+                f"{name_of(term)} pairs patch embeddings position by position, but stage {i} has "
+                f"{ours.shape[1]} tokens in the student ({_image_size(student)}) and {theirs.shape[1]} in the teacher "
                 f"({_image_size(teacher)}). Choose networks whose stages have the same strides and give both the same "
                 "images, or choose a term that reads features or logits, such as csf or cwd."
             )
@@ -122,5 +122,6 @@ def _image_size(output: SegmentationOutput) -> str:
     return "image {}×{}".format(*output.image.shape[-2:])
 
 
-def _name(term: object) -> str:
+def name_of(term: object) -> str:
+    """What messages call a term."""
     return type(term).__name__

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transkd.errors import UserError
-from transkd.losses._checks import check_needs
+from transkd.losses._checks import check_needs, name_of
 from transkd.losses.criteria import widen
 from transkd.outputs import SegmentationOutput
 
@@ -15,10 +15,12 @@ __all__ = [
     "GRIDS",
     "check_choice",
     "check_positive",
+    "check_share",
     "check_stages",
     "feature_pairs",
     "labels_on_grid",
     "logits_pair",
+    "nearest",
     "nothing",
     "on_grid",
     "require_target",
@@ -51,7 +53,7 @@ def on_grid(
     """
     if len(student) != len(teacher):
         raise UserError(
-            f"{_name(term)} got {len(student)} images from the student and {len(teacher)} from the teacher."
+            f"{name_of(term)} got {len(student)} images from the student and {len(teacher)} from the teacher."
         )
     if grid == "labels":
         target = require_target(term, target)
@@ -66,7 +68,7 @@ def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def labels_on_grid(target: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Labels [B, H, W] at another size by nearest neighbour (source index ⌊q·H/h⌋), and which of them are valid.
+    """Labels [B, H, W] at another size by nearest neighbour, and which of them are valid.
 
     Returns:
         labels int64 [B, h, w], 0 where invalid, so that they can index; valid bool [B, h, w].
@@ -76,12 +78,17 @@ def labels_on_grid(target: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]
         >>> labels.tolist(), valid.tolist()
         ([[[1, 0]]], [[[True, False]]])
     """
+    labels = nearest(target, size).long()
+    valid = (labels != IGNORE) & (labels >= 0)
+    return labels.masked_fill(~valid, 0), valid
+
+
+def nearest(target: Tensor, size: Sequence[int]) -> Tensor:
+    """Labels [B, H, W] as they are, at another size: source index ⌊q·H/h⌋."""
     height, width = size
     rows = torch.arange(height, device=target.device) * target.shape[-2] // height
     columns = torch.arange(width, device=target.device) * target.shape[-1] // width
-    labels = target[:, rows[:, None], columns].long()
-    valid = (labels != IGNORE) & (labels >= 0)
-    return labels.masked_fill(~valid, 0), valid
+    return target[:, rows[:, None], columns]
 
 
 def logits_pair(
@@ -103,11 +110,13 @@ def logits_pair(
     classes = student.logits.shape[1], shown.logits.shape[1]
     if classes[0] != classes[1]:
         raise UserError(
-            f"{_name(term)} compares class by class; the student has {classes[0]} classes, the teacher {classes[1]}. "
+            f"{name_of(term)} compares class by class; the student has {classes[0]} classes, the teacher {classes[1]}. "
             "Choose a teacher that was trained on the same classes."
         )
     if classes[0] < 2:
-        raise UserError(f"{_name(term)} compares distributions over classes; with a single class there is nothing to.")
+        raise UserError(
+            f"{name_of(term)} compares distributions over classes; with a single class there is nothing to."
+        )
     return on_grid(term, student.logits, shown.logits, grid, target)
 
 
@@ -126,7 +135,7 @@ def feature_pairs(
         for who, output in (("student", student), ("teacher", shown)):
             if stage > len(output.features):
                 raise UserError(
-                    f"{_name(term)} reads stage {stage}, but the {who} shows {len(output.features)} stages of "
+                    f"{name_of(term)} reads stage {stage}, but the {who} shows {len(output.features)} stages of "
                     f"features; choose among 1 to {len(output.features)}: stages=[…]."
                 )
         pairs.append((student.features[stage - 1], shown.features[stage - 1].detach()))
@@ -148,28 +157,32 @@ def nothing(*tensors: Tensor) -> Tensor:
 def require_target(term: object, target: Tensor | None) -> Tensor:
     """The labels, or a word that they are missing."""
     if target is None:
-        raise UserError(f"{_name(term)} reads the labels: call it with target=labels.")
+        raise UserError(f"{name_of(term)} reads the labels: call it with target=labels.")
     return target
 
 
 def check_choice(term: object, setting: str, value: object, known: Sequence[object]) -> None:
     """Refuse a setting that is none of those known."""
     if value not in known:
-        raise UserError(f"{_name(term)}: {setting} must be one of {', '.join(map(repr, known))}; got {value!r}.")
+        raise UserError(f"{name_of(term)}: {setting} must be one of {', '.join(map(repr, known))}; got {value!r}.")
 
 
 def check_positive(term: object, setting: str, value: float) -> None:
     """Refuse zero, negative numbers, NaN and infinity."""
     if not 0 < value < float("inf"):
-        raise UserError(f"{_name(term)}: the {setting} must be a number greater than 0; got {value}.")
+        raise UserError(f"{name_of(term)}: the {setting} must be a number greater than 0; got {value}.")
+
+
+def check_share(term: object, setting: str, value: float) -> None:
+    """Refuse a part's weight that is negative, NaN or infinite."""
+    if not 0 <= value < float("inf"):
+        raise UserError(f"{name_of(term)}: {setting} must be a number of at least 0; got {value}.")
 
 
 def check_stages(term: object, stages: Sequence[int]) -> tuple[int, ...]:
     """Stages as a tuple: different numbers from 1 on, one at least."""
     if not stages or len(set(stages)) != len(stages) or min(stages) < 1:
-        raise UserError(f"{_name(term)}: stages must be different numbers from 1 on, one at least; got {list(stages)}.")
+        raise UserError(
+            f"{name_of(term)}: stages must be different numbers from 1 on, one at least; got {list(stages)}."
+        )
     return tuple(stages)
-
-
-def _name(term: object) -> str:
-    return type(term).__name__

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
+from transkd.losses._maps import nearest
 from transkd.losses.criteria import widen
 from transkd.outputs import SegmentationOutput
 
@@ -75,7 +76,7 @@ class TaskCrossEntropy(nn.Module):
         if self.resolution == "labels":
             logits = F.interpolate(logits, size=target.shape[-2:], mode="bilinear", align_corners=False)
         else:
-            target = _nearest(target, logits.shape[-2], logits.shape[-1])
+            target = nearest(target, logits.shape[-2:])
         return _mean_cross_entropy(logits, target, self.class_weights, self.ignore_index)
 
 
@@ -86,9 +87,3 @@ def _mean_cross_entropy(logits: Tensor, target: Tensor, class_weights: Tensor | 
     mass = weights[target.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
     # without a valid pixel 0 / tiny is 0, and so is its gradient
     return total / mass.clamp_min(torch.finfo(logits.dtype).tiny)
-
-
-def _nearest(target: Tensor, height: int, width: int) -> Tensor:
-    rows = torch.arange(height, device=target.device) * target.shape[-2] // height
-    columns = torch.arange(width, device=target.device) * target.shape[-1] // width
-    return target[:, rows[:, None], columns]

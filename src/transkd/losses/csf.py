@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transkd.errors import UserError
 from transkd.losses._checks import paired_channels, stage_pairs
-from transkd.losses.criteria import map_criterion, widen
+from transkd.losses._fusion import ConvNorm, check_normalisable, fuse_from_deepest
+from transkd.losses._maps import on_grid
+from transkd.losses.criteria import map_criterion
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["CSFLoss"]
@@ -90,12 +91,7 @@ class CSFLoss(nn.Module):
 
     def fuse(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Give the maps that are compared, [B, C_i of the teacher, H_i, W_i], shallowest first."""
-        fused: list[Tensor] = []
-        residual: Tensor | None = None
-        for stage, feature in reversed(list(zip(self.stages.values(), features, strict=True))):
-            residual, compared = stage(feature, residual)
-            fused.insert(0, compared)
-        return tuple(fused)
+        return fuse_from_deepest(self.stages.values(), features)
 
     def _resized(self, fused: Tensor, teacher: Tensor) -> Tensor:
         if fused.shape[-2:] == teacher.shape[-2:]:
@@ -108,7 +104,7 @@ class CSFLoss(nn.Module):
                 tuple(teacher.shape[-2:]),
             )
             self._told_of_resizing = True
-        return F.interpolate(widen(fused), size=teacher.shape[-2:], mode="bilinear", align_corners=False)
+        return on_grid(self, fused, teacher)[0]
 
 
 class _FusionStage(nn.Module):
@@ -116,23 +112,19 @@ class _FusionStage(nn.Module):
 
     def __init__(self, channels: int, target_channels: int, mid_channels: int, *, selects: bool) -> None:
         super().__init__()
-        self.reduce = _ConvNorm(channels, mid_channels, kernel_size=1)
-        self.expand = _ConvNorm(mid_channels, target_channels, kernel_size=3)
+        self.reduce = ConvNorm(channels, mid_channels, kernel_size=1)
+        self.expand = ConvNorm(mid_channels, target_channels, kernel_size=3)
         for layer in (self.reduce, self.expand):
             nn.init.kaiming_uniform_(layer.conv.weight, a=1)
         if selects:
             squeezed = max(mid_channels // 16, 32)
-            self.squeeze = _ConvNorm(mid_channels, squeezed, kernel_size=1)
+            self.squeeze = ConvNorm(mid_channels, squeezed, kernel_size=1)
             self.student_branch = nn.Conv2d(squeezed, mid_channels, 1)
             self.residual_branch = nn.Conv2d(squeezed, mid_channels, 1)
 
     def forward(self, feature: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Fuse [B, C_i, H_i, W_i] with the deeper stage's residual [B, mid, H_{i+1}, W_{i+1}]."""
-        if self.training and feature[:, 0].numel() == 1:
-            raise UserError(
-                "CSFLoss cannot normalise a batch of one whose map is 1 x 1: it has one value per channel. "
-                "Use larger images or a larger batch."
-            )
+        check_normalisable("CSFLoss", self, feature)
         reduced: Tensor = self.reduce(feature)
         if residual is not None:
             residual = F.interpolate(residual, size=reduced.shape[-2:], mode="nearest")
@@ -147,20 +139,7 @@ class _FusionStage(nn.Module):
         return keep * reduced + take * residual
 
 
-class _ConvNorm(nn.Module):
-    """Convolution that keeps the size, then batch normalisation."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        normalised: Tensor = self.norm(self.conv(maps))
-        return normalised
-
-
-def _squeeze(layer: _ConvNorm, pooled: Tensor) -> Tensor:
+def _squeeze(layer: ConvNorm, pooled: Tensor) -> Tensor:
     """Apply a layer to [B, C, 1, 1]; a batch of one has no statistics of its own to normalise with."""
     if len(pooled) > 1:
         return F.relu(layer(pooled))

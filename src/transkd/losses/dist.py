@@ -4,8 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from transkd.losses._maps import GRIDS, check_choice, check_positive, labels_on_grid, logits_pair, require_target
-from transkd.losses.dkd import check_share
+from transkd.losses._maps import (
+    GRIDS,
+    check_choice,
+    check_positive,
+    check_share,
+    labels_on_grid,
+    logits_pair,
+    require_target,
+)
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["DISTLoss", "relations"]

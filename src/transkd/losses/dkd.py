@@ -6,11 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transkd.errors import UserError
-from transkd.losses._maps import GRIDS, check_choice, check_positive, labels_on_grid, logits_pair, require_target
+from transkd.losses._maps import (
+    GRIDS,
+    check_choice,
+    check_positive,
+    check_share,
+    labels_on_grid,
+    logits_pair,
+    require_target,
+)
 from transkd.outputs import SegmentationOutput
 
-__all__ = ["DKDLoss", "Split", "check_share", "decoupled", "log_shares", "mean_over_valid", "split"]
+__all__ = ["DKDLoss", "Split", "decoupled", "log_shares", "mean_over_valid", "split"]
 
 
 class DKDLoss(nn.Module):
@@ -133,9 +140,3 @@ def log_shares(margin: Tensor) -> tuple[Tensor, Tensor]:
 def mean_over_valid(values: Tensor, valid: Tensor) -> Tensor:
     """Mean of [B, h, w] over the valid positions of the whole batch; 0 without any."""
     return values.masked_fill(~valid, 0).sum() / valid.sum().clamp_min(1)
-
-
-def check_share(term: object, setting: str, value: float) -> None:
-    """Refuse a part's weight that is negative, NaN or infinite."""
-    if not 0 <= value < float("inf"):
-        raise UserError(f"{type(term).__name__}: {setting} must be a number of at least 0; got {value}.")

@@ -1,14 +1,13 @@
 """Knowledge review: feature distillation with attention-based fusion."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transkd.errors import UserError
 from transkd.losses._checks import paired_channels, stage_pairs
+from transkd.losses._fusion import ConvNorm, check_normalisable, fuse_from_deepest
 from transkd.losses._maps import check_positive, on_grid
 from transkd.losses.criteria import hierarchical_context
 from transkd.outputs import SegmentationOutput
@@ -82,12 +81,7 @@ class ReviewKDLoss(nn.Module):
 
     def fuse(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Give the maps that are compared, [B, C_i of the teacher, H_i, W_i], shallowest first."""
-        fused: list[Tensor] = []
-        residual: Tensor | None = None
-        for stage, feature in reversed(list(zip(self.stages.values(), features, strict=True))):
-            residual, compared = stage(feature, residual)
-            fused.insert(0, compared)
-        return tuple(fused)
+        return fuse_from_deepest(self.stages.values(), features)
 
 
 class _FusionStage(nn.Module):
@@ -102,11 +96,7 @@ class _FusionStage(nn.Module):
 
     def forward(self, feature: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Fuse [B, C_i, H_i, W_i] with the deeper stage's residual [B, mid, H_{i+1}, W_{i+1}]."""
-        if self.training and feature[:, 0].numel() == 1:
-            raise UserError(
-                "ReviewKDLoss cannot normalise a batch of one whose map is 1 x 1: it has one value per channel. "
-                "Use larger images or a larger batch."
-            )
+        check_normalisable("ReviewKDLoss", self, feature)
         reduced: Tensor = self.reduce(feature)
         if residual is not None:
             upsampled = F.interpolate(residual, size=reduced.shape[-2:], mode="nearest")
@@ -115,8 +105,7 @@ class _FusionStage(nn.Module):
         return reduced, self.expand(reduced)
 
 
-def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    """Convolution that keeps the size, then batch normalisation."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-    nn.init.kaiming_uniform_(conv.weight, a=1)
-    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels)))
+def _conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> ConvNorm:
+    layer = ConvNorm(in_channels, out_channels, kernel_size)
+    nn.init.kaiming_uniform_(layer.conv.weight, a=1)
+    return layer

@@ -1,7 +1,6 @@
 """Where weights lie (file, folder, hub) and what is said beside them: tensors, normalisation, classes, licence."""
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,6 @@ from transkd.models.lineage import CODE, Lineage
 from transkd.models.network import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["CARD", "Weights", "read_weights"]
-
-log = logging.getLogger(__name__)
 
 CARD = "transkd"
 """The key under which our files describe their network: in safetensors metadata as JSON, in checkpoints as a dict."""

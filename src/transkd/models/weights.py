@@ -139,7 +139,7 @@ def load_weights(
 
 def _from_timm_names(network: Segmenter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A timm file's names -> those of timm's feature extractor; the classifier and what leads to it are left out."""
-    ours = {name.removeprefix("encoder.") for name in network.encoder.state_dict(prefix="encoder.")}
+    ours = set(network.encoder.state_dict())
     if all(name.removeprefix("encoder.") in ours for name in tensors if not name.startswith("head.")):
         return tensors
     with torch.device("meta"):  # what the whole network has beyond the four stages
