@@ -102,6 +102,12 @@ def test_a_preset_can_weigh_the_task(composed):
     assert {name: entry.weight for name, entry in terms.items()} == {"task": 0.1, "kd": 0.9, "isrd": 10.0}
 
 
+def test_a_preset_can_say_how_the_student_starts(composed):
+    student = composed("distill=wecolora").student
+    assert student.from_teacher
+    assert student.lora == {"rank": 128, "train": ["head"], "keep_drop_path": False}
+
+
 @pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "logger"])
 def test_loggers_are_built(composed, option, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")

@@ -246,8 +246,12 @@ LARGER = [
 PRESETS = sorted(
     path.stem for path in (CONF / "distill").glob("*.yaml") if not path.stem.startswith(("transkd", "none"))
 )
-# its discriminator wants 64×64 logits; the labels are so large here
-NEEDED = {"skd_adversarial": ["criterion.terms.skd_adversarial.term.grid=labels"]}
+NEEDED = {
+    # its discriminator wants 64×64 logits; the labels are so large here
+    "skd_adversarial": ["criterion.terms.skd_adversarial.term.grid=labels"],
+    # its student has the teacher's widths, as here, and fewer blocks
+    "wecolora": ["+student.network.encoder.depths=[1,2,1,1]"],
+}
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """One training run, from a composed configuration to a deployable student."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -21,7 +22,7 @@ from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.metrics import Scores
-from transkd.models import FrozenTeacher, Network, load_weights, save_segmenter
+from transkd.models import FrozenTeacher, Network, add_lora, load_weights, merge_lora, save_segmenter
 from transkd.models.initialise import start_from_teacher
 from transkd.models.lineage import as_teacher, check_license_policy, merge_lineage
 from transkd.models.weights import read_weights
@@ -57,7 +58,7 @@ def run(cfg: DictConfig) -> None:
         save_resolved(cfg, run_dir / "config.yaml")
         data.prepare_data()
     data.dataset("train"), data.dataset("val")  # a mistake in the data shows here, before anything long
-    log_sizes(student, criterion)
+    log_sizes(cfg, student, criterion)
     rehearse(student, teacher_network, criterion, data)
 
     teacher, teacher_scores = None, None
@@ -72,10 +73,12 @@ def run(cfg: DictConfig) -> None:
     elif cfg.student.from_teacher:
         raise UserError("student.from_teacher=true, but no term reads a teacher; choose one with distill=…")
 
+    adapt(cfg, student)
     distiller = Distiller(student, criterion, data.classes, teacher, notes=notes, **training_settings(cfg))
     trainer = build_trainer(cfg)
     fit(trainer, distiller, data, ckpt_path)
 
+    merge_lora(student)
     scores = score(cfg, student, data)
     if not trainer.is_global_zero:
         return
@@ -124,11 +127,23 @@ def find_checkpoint(cfg: DictConfig) -> str | None:
 
 def build_student(cfg: DictConfig) -> Network:
     """The student with the weights that it starts from."""
+    if cfg.student.lora.rank is not None and cfg.student.weights is None and not cfg.student.from_teacher:
+        raise UserError(
+            f"student.lora.rank={cfg.student.lora.rank} adapts weights that are there, but the student starts from "
+            "random ones; name some with student.weights=PATH, or copy the teacher's with student.from_teacher=true"
+        )
     student: Network = instantiate(cfg.student.network)
     if cfg.student.weights is not None:
         load_weights(student, cfg.student.weights, cfg.student.classifier, cfg.student.license)
     check_license_policy(student.lineage, cfg.license_policy, f"the student {student.name}")
     return student
+
+
+def adapt(cfg: DictConfig, student: Network) -> None:
+    """Where low-rank terms are asked for, train them and leave the student's weights as they are."""
+    lora = cfg.student.lora
+    if lora.rank is not None:
+        add_lora(student, lora.rank, lora.train, lora.keep_drop_path)
 
 
 def build_criterion(cfg: DictConfig, student: Network) -> tuple[Criterion, Network | None]:
@@ -274,14 +289,23 @@ def check_teacher(cfg: DictConfig, network: Network, data: SegmentationDataModul
     return scores
 
 
-def log_sizes(student: Network, criterion: Criterion) -> None:
-    """Say what is deployed and what is dropped after training."""
+def log_sizes(cfg: DictConfig, student: Network, criterion: Criterion) -> None:
+    """Say what is deployed, what is dropped after training and, of a student to be adapted, what is trained."""
     count = count_parameters(student, criterion)
     log.info(
         "student: %.2f M parameters; with the training modules %.2f M, which are not deployed",
         count["student"] / 1e6,
         sum(count.values()) / 1e6,
     )
+    if cfg.student.lora.rank is not None:
+        adapted = copy.deepcopy(student)  # itself only once its weights are there; what does not fit shows here
+        adapt(cfg, adapted)
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        log.info(
+            "student: %.2f M parameters are trained: low-rank terms, which are merged into the weights, and %s",
+            trained / 1e6,
+            ", ".join(cfg.student.lora.train) or "nothing else",
+        )
 
 
 def serialise(transform: Any) -> dict[str, Any] | None:

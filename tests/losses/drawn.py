@@ -50,6 +50,16 @@ def make_pair(student: tuple[int, ...] = STUDENT, teacher: tuple[int, ...] = TEA
     return Pair(mine, other, torch.randint(0, CLASSES, shape, generator=generator))
 
 
+def images_of(output: SegmentationOutput, part: slice) -> SegmentationOutput:
+    """Take some of the batch's images."""
+    return output._replace(
+        logits=output.logits[part],
+        features=tuple(maps[part] for maps in output.features),
+        embeddings=tuple(tokens[part] for tokens in output.embeddings),
+        image=output.image[part],
+    )
+
+
 def tensors(output: SegmentationOutput) -> list[Tensor]:
     """List an output's tensors."""
     listed = (output.logits, *output.features, *output.embeddings, output.image)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn import CLASSES, STUDENT, TEACHER, gradients, make_output, make_pair, redrawn, tensors
+from drawn import CLASSES, STUDENT, TEACHER, gradients, images_of, make_output, make_pair, redrawn, tensors
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -286,28 +286,22 @@ AT_RANDOM = {"mgd"}
 
 
 def test_processes_give_the_gradient_of_the_joined_batch(term, path, widths):
-    """Data-parallel training averages gradients: those of two halves must average to those of the whole."""
+    """Data-parallel training averages gradients: those of two halves must average to those of the whole.
+
+    In earnest, with two processes: test_two_processes.py.
+    """
     if path.stem in AT_RANDOM:
         pytest.skip("draws anew for each process")
     if path.stem in ACROSS_THE_BATCH:
         assert "batch" in (type(term).__doc__ or "").lower()
         return
     student, teacher, target = make_pair(*widths, batch=4)
-
-    def half(output, i):
-        part = slice(2 * i, 2 * i + 2)
-        return output._replace(
-            logits=output.logits[part],
-            features=tuple(maps[part] for maps in output.features),
-            embeddings=tuple(tokens[part] for tokens in output.embeddings),
-            image=output.image[part],
-        )
-
     called(term, student, teacher, target).backward()
     whole = [p.grad.clone() for p in term.parameters()] + [g.clone() for g in gradients(student)]
     for tensor in [*term.parameters(), *tensors(student)]:
         tensor.grad = None
-    halves = [called(term, half(student, i), half(teacher, i), target[2 * i : 2 * i + 2]) for i in range(2)]
+    parts = slice(0, 2), slice(2, 4)
+    halves = [called(term, images_of(student, part), images_of(teacher, part), target[part]) for part in parts]
     (torch.stack(halves).sum() / 2).backward()
     averaged = [p.grad for p in term.parameters()] + gradients(student)
     for one, other in zip(averaged, whole, strict=True):

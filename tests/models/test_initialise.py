@@ -55,17 +55,21 @@ def part(network, name):
     return network.get_submodule(name).state_dict()
 
 
-# d_t blocks, d_s of the student, and those that it takes: j·d_t // d_s by hand
+# d_t blocks, d_s of the student, and those that it takes, by hand: every ⌈d_t / d_s⌉-th where that gives d_s of them
 BLOCKS = [
     (4, 2, [0, 2]),
     (6, 2, [0, 3]),
-    (3, 2, [0, 1]),
+    (3, 2, [0, 2]),
     (6, 3, [0, 2, 4]),
-    (5, 3, [0, 1, 3]),
-    (4, 3, [0, 1, 2]),
-    (8, 3, [0, 2, 5]),
+    (5, 3, [0, 2, 4]),
+    (8, 3, [0, 3, 6]),
+    (7, 4, [0, 2, 4, 6]),
     (5, 1, [0]),
     (3, 3, [0, 1, 2]),
+    (4, 3, [0, 1, 2]),  # no ratio gives 3 of 4, nor those below: j·d_t // d_s
+    (5, 4, [0, 1, 2, 3]),
+    (9, 4, [0, 2, 4, 6]),
+    (6, 5, [0, 1, 2, 3, 4]),
 ]
 
 
@@ -93,9 +97,16 @@ def test_blocks_of_pvt(teachers, students, taken):
 
 
 def test_several_stages_at_once():
-    teacher, student = mit((3, 4, 6, 3), 1), mit((2, 2, 2, 2), 2)
+    """MiT-B2's depths, to every second block and to those of MiT-B1."""
+    teacher = mit((3, 4, 6, 3), 1)
+    check_stages(teacher, mit((2, 2, 3, 2), 2), [(0, 2), (0, 2), (0, 2, 4), (0, 2)])
+    check_stages(teacher, mit((2, 2, 2, 2), 2), [(0, 2), (0, 2), (0, 3), (0, 2)])
+
+
+def check_stages(teacher, student, expected):
     start_from_teacher(student, teacher)
-    for stage, taken in enumerate([(0, 1), (0, 2), (0, 3), (0, 1)], start=1):
+    for stage, taken in enumerate(expected, start=1):
+        assert len(student.encoder.get_submodule(f"block{stage}")) == len(taken)
         for j, k in enumerate(taken):
             assert same(part(student, f"encoder.block{stage}.{j}"), part(teacher, f"encoder.block{stage}.{k}"))
 
@@ -107,7 +118,7 @@ def test_layers_and_statistics_of_a_resnet():
 
     teacher, student = resnet((1, 3, 1, 1), 1), resnet((1, 2, 1, 1), 2)
     start_from_teacher(student, teacher)
-    for j, k in enumerate([0, 1]):
+    for j, k in enumerate([0, 2]):
         mine, its = (f"encoder.body.layer2.{i}" for i in (j, k))
         assert same(part(student, mine), part(teacher, its))
         assert "bn1.running_mean" in part(student, mine)
@@ -169,7 +180,7 @@ def test_the_log_tells_the_blocks(caplog):
     with caplog.at_level(logging.INFO, "transkd"):
         start_from_teacher(mit((2, 1, 3, 1), 1), mit((5, 1, 6, 1), 2))
     assert caplog.messages == [
-        "student.from_teacher: encoder.block1 takes the teacher's blocks [0, 2] of 5",
+        "student.from_teacher: encoder.block1 takes the teacher's blocks [0, 3] of 5",
         "student.from_teacher: encoder.block3 takes the teacher's blocks [0, 2, 4] of 6",
     ]
 

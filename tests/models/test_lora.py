@@ -11,12 +11,13 @@ from transkd.models import (
     MixTransformer,
     SegformerHead,
     Segmenter,
+    Tapped,
     create_segmenter,
     load_segmenter,
     save_segmenter,
     start_from_teacher,
 )
-from transkd.models.lora import LoRALinear, add_lora, merge_lora
+from transkd.models.lora import LoRALinear, add_lora, fold_lora, merge_lora
 
 WIDTHS = (8, 16, 24, 32)
 IMAGE = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -165,6 +166,30 @@ def test_a_merged_network_is_saved_and_loaded(tmp_path):
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
 
 
+def test_tensors_are_folded_as_modules_are_merged():
+    """Bit for bit, without touching what was given; a plain network's tensors stay."""
+    network = mit()
+    add_lora(network, rank=3)
+    randomise(network)
+    tensors = network.state_dict()
+    folded = fold_lora(tensors)
+    assert len(tensors) == len(network.state_dict())
+    merge_lora(network)
+    assert list(folded) == list(network.state_dict())
+    assert all(torch.equal(folded[name], tensor) for name, tensor in network.state_dict().items())
+    assert all(fold_lora(folded)[name] is tensor for name, tensor in folded.items())
+
+
+def test_a_file_with_the_terms_loads_as_the_merged_network(tmp_path):
+    network = create_segmenter("segformer_b0", num_classes=5)
+    add_lora(network, rank=2)
+    randomise(network)
+    save_segmenter(network, tmp_path / "adapted.safetensors")
+    loaded, _ = load_segmenter(tmp_path / "adapted.safetensors")
+    merge_lora(network)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
+
+
 def test_merging_a_plain_network_changes_nothing():
     network = mit()
     network.head.requires_grad_(False)
@@ -232,6 +257,11 @@ def test_what_cannot_be_adapted_stays_as_it_is(name, settings, message):
     assert "\n" not in str(caught.value)
     assert list(network.state_dict()) == names
     assert trained(network) == {name for name, _ in network.named_parameters()}
+
+
+def test_a_network_without_an_encoder():
+    with pytest.raises(UserError, match=r"Tapped has no linear layers .* in an encoder"):
+        add_lora(Tapped(nn.Conv2d(3, 5, 1)), rank=2)
 
 
 def test_terms_are_not_added_twice():

@@ -24,6 +24,7 @@ class WeCoLoRALoss(nn.Module):
 
     The method is a way to build the student first: it keeps every r-th block of each stage (`copied_blocks`), all
     copied weights are frozen, and low-rank terms beside them are trained (``transkd.models.lora``).
+    ``distill=wecolora`` is all of it.
 
     The publication compares the output of the last block before the final norm, or, as an option, of each block with
     the last one of those that it stands for (`matched_teacher_blocks`). Networks show their stages here, after the

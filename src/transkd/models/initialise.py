@@ -5,6 +5,7 @@ import logging
 from torch import Tensor, nn
 
 from transkd.errors import UserError
+from transkd.losses.wecolora import copied_blocks
 from transkd.models.lineage import merge_lineage
 from transkd.models.network import Network
 
@@ -16,9 +17,10 @@ log = logging.getLogger(__name__)
 def start_from_teacher(student: Network, teacher: Network) -> None:
     """Copy the teacher's weights into a student of the same widths and, stage by stage, at most its depth.
 
-    Of a stage with d_t blocks in the teacher and d_s in the student, block j of the student takes block
-    ``j·d_t // d_s`` of the teacher, so every k-th where d_t = k·d_s (DistilBERT, arXiv 1910.01108, section 3). A
-    decode head of another size stays at its random start, which is logged.
+    Of a stage with d_t blocks in the teacher and d_s in the student, the student takes blocks 0, r, 2r, … of the
+    teacher with ``r = ⌈d_t / d_s⌉``, as DistilBERT (arXiv 1910.01108, section 3) and WeCoLoRA (arXiv 2404.09326) do.
+    Where these are fewer than d_s, as for 3 of 4, block j takes ``j·d_t // d_s``, spread evenly. A decode head of
+    another size stays at its random start, which is logged.
 
     Args:
         student: changed in place; left as it is when anything does not fit.
@@ -51,30 +53,36 @@ def start_from_teacher(student: Network, teacher: Network) -> None:
         log.info("student.from_teacher: the decode heads differ in size; the student's starts from random weights")
         sources = {name: source for name, source in sources.items() if not name.startswith("head.")}
     student.load_state_dict({**ours, **{name: theirs[source] for name, source in sources.items()}})
-    for name, (count, of) in blocks.items():
-        kept = [j * of // count for j in range(count)]
-        log.info("student.from_teacher: %s takes the teacher's blocks %s of %d", name, kept, of)
+    for name, taken in blocks.items():
+        of = len(list(teacher.get_submodule(name).children()))
+        log.info("student.from_teacher: %s takes the teacher's blocks %s of %d", name, taken, of)
     student.mean.copy_(teacher.mean)  # the weights know the images that this makes
     student.std.copy_(teacher.std)
     student.lineage = merge_lineage(student.lineage, teacher.lineage)
 
 
-def _shortened_lists(student: nn.Module, teacher: nn.Module) -> dict[str, tuple[int, int]]:
-    """Names of the lists of blocks that are shorter in the student, with both lengths."""
+def _shortened_lists(student: nn.Module, teacher: nn.Module) -> dict[str, list[int]]:
+    """Names of the lists of blocks that are shorter in the student, with the blocks of the teacher to take."""
     lists = (nn.ModuleList, nn.Sequential)
     deeper = {name: len(module) for name, module in teacher.named_modules() if isinstance(module, lists)}
     return {
-        name: (len(module), deeper[name])
+        name: _taken(deeper[name], len(module))
         for name, module in student.named_modules()
         if isinstance(module, lists) and 0 < len(module) < deeper.get(name, 0)
     }
 
 
-def _source_name(name: str, blocks: dict[str, tuple[int, int]]) -> str:
-    for prefix, (count, of) in blocks.items():
+def _taken(depth: int, count: int) -> list[int]:
+    """Which blocks of a stage of this depth a student of fewer takes."""
+    every = copied_blocks(depth, -(-depth // count))
+    return every if len(every) == count else [j * depth // count for j in range(count)]
+
+
+def _source_name(name: str, blocks: dict[str, list[int]]) -> str:
+    for prefix, taken in blocks.items():
         if name.startswith(f"{prefix}."):
             index, rest = name[len(prefix) + 1 :].split(".", 1)
-            return f"{prefix}.{int(index) * of // count}.{rest}"
+            return f"{prefix}.{taken[int(index)]}.{rest}"
     return name
 
 

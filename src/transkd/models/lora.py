@@ -1,7 +1,7 @@
 """Low-rank adaptation: a network whose weights stay while small terms beside them are trained."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from transkd.errors import UserError
 
-__all__ = ["LoRALinear", "add_lora", "merge_lora"]
+__all__ = ["LoRALinear", "add_lora", "fold_lora", "merge_lora"]
 
 ADAPTED = {
     "attn": {"q": 1, "k": 1, "v": 1, "kv": 2, "qkv": 3, "proj": 1},
@@ -68,8 +68,7 @@ class LoRALinear(nn.Module):
         """A plain layer of the same output, its weight ``W + B·A``; it can be trained."""
         rows, columns = self.weight.shape
         linear = nn.Linear(columns, rows, bias=self.bias is not None, device="meta", dtype=self.weight.dtype)
-        merged = self.weight.detach() + (self.lora_b.detach() @ self.lora_a.detach()).flatten(0, 1)
-        linear.weight = nn.Parameter(merged)
+        linear.weight = nn.Parameter(_sum(self.weight.detach(), self.lora_a.detach(), self.lora_b.detach()))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach())
         return linear.train(self.training)
@@ -111,8 +110,8 @@ def add_lora(network: nn.Module, rank: int, train: Collection[str] = (), keep_dr
     layers = _layers(network)
     if not layers:
         raise UserError(
-            f"{type(network.get_submodule('encoder')).__name__} has no linear layers attn.{{q,kv,qkv,proj}} or "
-            "mlp.{fc1,fc2} that could be adapted; choose a transformer, such as segformer_b1"
+            f"{type(getattr(network, 'encoder', network)).__name__} has no linear layers attn.{{q,kv,qkv,proj}} or "
+            "mlp.{fc1,fc2} in an encoder that could be adapted; choose a transformer, such as segformer_b1"
         )
     adapted = {name: LoRALinear(layer, rank, parts) for name, (layer, parts) in layers.items()}
     network.requires_grad_(False)
@@ -153,10 +152,34 @@ def merge_lora(network: nn.Module) -> None:
         _replace(network, name, layer.merge())
 
 
+def fold_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What ``merge_lora`` does, for the tensors of a file: those of the plain network, bit for bit.
+
+    Args:
+        tensors: a network's ``state_dict``, with low-rank terms or without.
+
+    Example:
+        >>> layer = {"fc.weight": torch.zeros(2, 3), "fc.lora_a": torch.ones(1, 4, 3), "fc.lora_b": torch.ones(1, 2, 4)}
+        >>> fold_lora(layer)
+        {'fc.weight': tensor([[4., 4., 4.],
+                [4., 4., 4.]])}
+    """
+    folded = dict(tensors)
+    for layer in [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]:
+        a, b = folded.pop(f"{layer}.lora_a"), folded.pop(f"{layer}.lora_b")
+        folded[f"{layer}.weight"] = _sum(folded[f"{layer}.weight"], a, b)
+    return folded
+
+
+def _sum(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``W + B·A``, each matrix that W holds with its own pair."""
+    return weight + (b @ a).flatten(0, 1)
+
+
 def _layers(network: nn.Module) -> dict[str, tuple[nn.Linear, int]]:
     """The encoder's layers to adapt by their names, with how many matrices each holds."""
     found = {}
-    for name, module in network.get_submodule("encoder").named_modules(prefix="encoder"):
+    for name, module in getattr(network, "encoder", nn.Module()).named_modules(prefix="encoder"):
         parent, _, own = name.rpartition(".")
         parts = ADAPTED.get(parent.rpartition(".")[2], {}).get(own)
         if parts is not None and isinstance(module, nn.Linear):

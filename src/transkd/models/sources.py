@@ -13,6 +13,7 @@ from torch import Tensor
 from transkd.errors import UserError
 from transkd.models.formats import guess_segformer, rename_to_ours
 from transkd.models.lineage import CODE, Lineage
+from transkd.models.lora import fold_lora
 from transkd.models.network import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["CARD", "Weights", "read_weights"]
@@ -82,6 +83,7 @@ def read_weights(source: str | Path) -> Weights:
     if card:
         if isinstance(content, Mapping) and "state_dict" in content:  # a checkpoint of a run holds more than a student
             tensors = {k.removeprefix("student."): v for k, v in tensors.items() if k.startswith("student.")}
+        tensors = fold_lora(tensors)  # which a checkpoint has beside the weights, to go on from
         return Weights(source, "transkd", tensors, tensors, card, card.get("lineage", [CODE, _origin(source)]))
     return _recognise(source, tensors)
 
