@@ -83,7 +83,7 @@ class SegformerHead(nn.Module):
         fused = _upsampled_sum(
             [F.conv2d(feature, *folded) for feature, folded in zip(features, self.fold(), strict=True)]
         )
-        activated = F.relu(self.linear_fuse.bn(fused))
+        activated = F.relu(self.linear_fuse.bn(fused), inplace=True)
         logits: Tensor = self.linear_pred(self.dropout(activated))
         return logits
 
@@ -127,8 +127,8 @@ class FusedSegformerHead(nn.Module):
 
 
 def _upsampled_sum(maps: Sequence[Tensor]) -> Tensor:
-    """Σ of maps, each brought to the size of the first."""
+    """Σ of maps, each brought to the size of the first, which is overwritten: the largest maps of the network."""
     total = maps[0]
     for smaller in maps[1:]:
-        total = total + F.interpolate(smaller, size=total.shape[-2:], mode="bilinear", align_corners=False)
+        total += F.interpolate(smaller, size=total.shape[-2:], mode="bilinear", align_corners=False)
     return total

@@ -26,6 +26,14 @@ def to_tokens(feature_map: Tensor) -> Tensor:
     return feature_map.flatten(2).transpose(1, 2)
 
 
+def pointwise(layer: nn.Module, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A linear layer of tokens [B, N, C]; on a CPU as a 1×1 convolution, whose bias costs no pass over the output."""
+    if type(layer) is not nn.Linear or tokens.device.type != "cpu":
+        applied: Tensor = layer(tokens)
+        return applied
+    return to_tokens(F.conv2d(to_map(tokens, grid), layer.weight[:, :, None, None], layer.bias))
+
+
 class EfficientAttention(nn.Module):
     """Multi-head self-attention, keys and values from a map shrunk by ``reduction`` (arXiv 2105.15203, 3.1)."""
 
@@ -74,7 +82,8 @@ class MixFFN(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [B, N, C] to tokens [B, N, C]."""
-        return self.fc2(F.gelu(self.dwconv(self.fc1(tokens), grid)))
+        hidden = F.gelu(self.dwconv(pointwise(self.fc1, tokens, grid), grid))
+        return pointwise(self.fc2, hidden, grid)
 
 
 class Block(nn.Module):
