@@ -12,78 +12,22 @@ import argparse
 import inspect
 import platform
 import re
-import statistics
 import textwrap
-import time
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import torch
-from hydra.utils import instantiate
+from benchmarks.measure import Cost
+from benchmarks.terms import CLASSES, SAME_WIDTHS, SETTINGS, SIZE, TASK, TERMS, Term, build, measure_terms
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrow, Rectangle
-from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.profiler import profile
 
-from transkd.losses import TaskCrossEntropy
 from transkd.outputs import SegmentationOutput
 
 ROOT = Path(__file__).parents[1]
-CLASSES, SIZE = 19, (512, 1024)
-STUDENT, TEACHER = (32, 64, 160, 256), (64, 128, 320, 512)
-# settings without which a term cannot meet these outputs, stated in the table
-SETTINGS = {"isrd": {"ratio": 4}}
-SAME_WIDTHS = {"wecolora"}
-
-
-class Term(NamedTuple):
-    """One file of conf/term, built."""
-
-    name: str
-    module: nn.Module
-    about: str
-    weight: float
-    pair: tuple[SegmentationOutput, SegmentationOutput, Tensor]
-
-
-def draw_pair(
-    student: tuple[int, ...], teacher: tuple[int, ...], size: tuple[int, int]
-) -> tuple[SegmentationOutput, SegmentationOutput, Tensor]:
-    """Outputs of two networks that were never there, and labels with a part to ignore."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    def output(channels: tuple[int, ...]) -> SegmentationOutput:
-        grids = [(size[0] // 2**i, size[1] // 2**i) for i in range(2, 6)]
-        return SegmentationOutput(
-            draw(1, CLASSES, *grids[0]),
-            tuple(draw(1, c, *grid) for c, grid in zip(channels, grids, strict=True)),
-            tuple(draw(1, grid[0] * grid[1], c) for c, grid in zip(channels, grids, strict=True)),
-            draw(1, 3, *size),
-        )
-
-    target = torch.randint(0, CLASSES, (1, *size), generator=generator)
-    target[:, : size[0] // 16] = 255
-    return output(student), output(teacher), target
-
-
-def build(path: Path, size: tuple[int, int] = SIZE) -> Term:
-    """Build one file's term."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    entry = OmegaConf.merge(OmegaConf.load(path), {"term": SETTINGS.get(path.stem, {})})
-    student = TEACHER if path.stem in SAME_WIDTHS else STUDENT
-    context = {
-        "channels": {"student": list(student), "teacher": list(TEACHER)},
-        "data": {"num_classes": CLASSES},
-        "entry": entry,
-    }
-    built = instantiate(OmegaConf.create(context).entry)
-    return Term(path.stem, built.term, lines[1].removeprefix("# "), built.weight, draw_pair(student, TEACHER, size))
 
 
 def parts(output: SegmentationOutput) -> dict[str, Tensor]:
@@ -125,39 +69,6 @@ def reads(term: Term) -> tuple[list[str], list[str], bool]:
         found.append(names)
     labels = not torch.equal(value(student, teacher, target.roll(1, 2)), expected)
     return found[0], found[1], labels
-
-
-def cost(
-    term: nn.Module, pair: tuple[SegmentationOutput, SegmentationOutput, Tensor], rounds: int
-) -> tuple[float, int]:
-    """Median seconds and peak bytes of a term's value and gradient, beyond what it is given."""
-    student, teacher, target = pair
-    student = student._replace(
-        logits=student.logits.clone().requires_grad_(),
-        features=tuple(tensor.clone().requires_grad_() for tensor in student.features),
-        embeddings=tuple(tensor.clone().requires_grad_() for tensor in student.embeddings),
-    )
-
-    def step() -> None:
-        term.train()(student, teacher, target).backward()
-        for tensor in parts(student).values():
-            tensor.grad = None
-        term.zero_grad()
-
-    step()
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
-    with profile(profile_memory=True) as recorded:
-        step()
-    level = peak = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
-    return statistics.median(seconds), peak
 
 
 def summarise(names: list[str]) -> str:
@@ -214,6 +125,13 @@ def as_markdown(text: str) -> str:
     return "\n\n".join(lines)
 
 
+def costs_of(built: Mapping[str, Term], arguments: argparse.Namespace) -> dict[str, Cost]:
+    """Time and memory of the task's cross-entropy and every term."""
+    fixed = {"size": SIZE, "batch": 1, "classes": CLASSES, "device": "cpu", "compile": False}
+    costs = measure_terms(built, argparse.Namespace(**vars(arguments), **fixed), torch.float32)
+    return {cost.name: cost for cost in costs}
+
+
 def known_costs(path: Path) -> dict[str, tuple[str, str]]:
     """The two columns of a table that was written before."""
     if not path.is_file():
@@ -251,24 +169,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-cost", action="store_true", help="keep the costs that docs/losses.md has")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--calm", action="store_true", help="measure only while other processes are idle (Linux)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "losses.md")
     arguments = parser.parse_args()
     pictures = arguments.output.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     known = known_costs(arguments.output) if arguments.no_cost else {}
 
-    task_pair = draw_pair(STUDENT, TEACHER, SIZE)
-    reference = None if arguments.no_cost else cost(TaskCrossEntropy(), task_pair, arguments.rounds)
+    built = {name: build(path) for name, path in TERMS.items()}
+    costs = None if arguments.no_cost else costs_of(built, arguments)
     rows, sections = [], []
-    for path in sorted((ROOT / "conf" / "term").glob("*.yaml")):
+    for path in TERMS.values():
         # what a term reads does not depend on the size; small outputs find it quickly
         student, teacher, labels = reads(build(path, (256, 256)))
         draw(pictures / f"{path.stem}.svg", student, teacher, labels)
-        term = build(path)
+        term = built[path.stem]
         seconds, memory = known.get(path.stem, ("-", "-"))
-        if reference is not None:
-            spent, peak = cost(term.module, term.pair, arguments.rounds)
-            seconds, memory = f"{spent / reference[0]:.2f}", f"{peak / reference[1]:.2f}"
+        if costs is not None:
+            spent = costs[path.stem]
+            seconds, memory = f"{spent.ratio:.2f}", f"{spent.peak_memory_mb / costs[TASK].peak_memory_mb:.2f}"
         trained = sum(p.numel() for p in term.module.parameters() if p.requires_grad)
         kind = type(term.module).__name__
         columns = [
@@ -309,9 +228,10 @@ def main() -> None:
         f"({', '.join(sorted(SAME_WIDTHS))}: equal widths), 19 classes, float32, over those of the task's "
         "cross-entropy at label size; memory is the peak beyond the networks' outputs.\n"
     )
-    if reference is not None:
+    if costs is not None:
         measured += (
-            f"The cross-entropy itself: {reference[0]:.3f} s, {reference[1] / 2**20:.0f} MiB. Measured {date.today()} "
+            f"The cross-entropy itself: {costs[TASK].median:.3f} s, {costs[TASK].peak_memory_mb / 1.048576:.0f} MiB. "
+            f"Measured {date.today()} "
             f"on {torch.get_num_threads()} threads ({platform.machine()}), torch {torch.__version__}.\n"
         )
     elif arguments.output.is_file():

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import benchmark
 import torch
+from benchmarks import forward, measure
 
 from transkd.errors import UserError
 from transkd.models import SEGMENTERS, SegformerHead
@@ -63,37 +63,37 @@ def head_of(name: str) -> str:
 def count(name: str, size: Sequence[int]) -> Counted:
     """Parameters, arithmetic and taps."""
     with torch.device("meta"):
-        network = benchmark.build_network(name, CLASSES, head_of(name))
+        network = forward.build_network(name, CLASSES, head_of(name))
         image = torch.empty(1, 3, *size)
         output = network(image)
-        best = benchmark.build_ours(network)[-1]
+        best = forward.build_ours(network)[-1]
         drawn_out = None
         if isinstance(network.head, SegformerHead):
-            drawn = benchmark.build_drawn_out(network)[0]
-            drawn_out = benchmark.count_gflop(lambda: drawn.logits(image))
+            drawn = forward.build_drawn_out(network)[0]
+            drawn_out = measure.count_gflop(lambda: drawn.logits(image))
         return Counted(
             name,
             head_of(name),
             sum(parameter.numel() for parameter in network.parameters()),
             drawn_out,
-            benchmark.count_gflop(lambda: best.logits(image)),
+            measure.count_gflop(lambda: best.logits(image)),
             tuple(round(size[0] / feature.shape[2]) for feature in output.features),
             bool(output.embeddings),
         )
 
 
-def measure(name: str, size: Sequence[int], rounds: int, calm: bool) -> Timed:
+def time_forward(name: str, size: Sequence[int], rounds: int, calm: bool) -> Timed:
     """Time of ours, and of the same network in the libraries that have it, in the same turns."""
-    network = benchmark.build_network(name, CLASSES, head_of(name))
+    network = forward.build_network(name, CLASSES, head_of(name))
     image = torch.randn(1, 3, *size)
     libraries = LIBRARIES if getattr(SEGMENTERS.get(name), "encoder", None) in VARIANTS else {}
-    alternatives = {found.name: found for found in benchmark.build_alternatives(network, list(libraries))}
-    best = benchmark.best_of_ours(alternatives)
+    alternatives = {found.name: found for found in forward.build_alternatives(network, list(libraries))}
+    best = forward.best_of_ours(alternatives)
     chosen = [alternatives[key] for key in (best, *libraries.values())]
     runs = {key: lambda logits=logits: logits(image) for key, _, logits in chosen}
     with torch.inference_mode():
-        benchmark.compare_logits(chosen, image)  # the first warm-up
-        seconds = benchmark.take_turns(runs, rounds, calm, warmup=1)
+        forward.compare_logits(chosen, image)  # the first warm-up
+        seconds = measure.take_turns(runs, rounds, calm, warmup=1)
     median = {key: statistics.median(times) for key, times in seconds.items()}
     return Timed(median[best], {library: median[key] / median[best] for library, key in libraries.items()})
 
@@ -146,14 +146,14 @@ def write_page(rows: Sequence[Sequence[str]], args: argparse.Namespace, machine:
     times = ["seconds", *LIBRARIES] if args.latency else []
     header = ["network", "head", "parameters M", "GFLOP drawn out", "GFLOP", *times, "strides", "embeddings"]
     calm = ", while other processes were idle" if args.calm else ""
-    said = LATENCY.format(rounds=args.rounds, calm=calm, tolerance=benchmark.TOLERANCE, machine=machine)
+    said = LATENCY.format(rounds=args.rounds, calm=calm, tolerance=forward.TOLERANCE, machine=machine)
     return PAGE.format(
         date=datetime.date.today(),
         command=shlex.join(["python", "scripts/model_table.py", *args.command_line]),
         classes=CLASSES,
         height=args.size[0],
         width=args.size[1],
-        table=benchmark.as_markdown(header, rows),
+        table=measure.as_markdown(header, rows),
         latency=said if args.latency else "",
     )
 
@@ -173,12 +173,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.command_line = arguments
 
     torch.manual_seed(0)
-    machine = benchmark.say_machine(benchmark.describe_machine(torch.device("cpu")))
+    machine = measure.say_machine(measure.describe_machine(torch.device("cpu")))
     rows = []
     try:
         for name in args.names:
             print(name, file=sys.stderr)
-            timed = measure(name, args.size, args.rounds, args.calm) if args.latency else None
+            timed = time_forward(name, args.size, args.rounds, args.calm) if args.latency else None
             rows.append(as_cells(count(name, args.size), timed))
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -10,6 +10,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import benchmark
+from benchmarks import forward, measure
+
+from transkd.errors import UserError
 
 SIZE = (64, 96)
 KEYS = {"command", "date", "settings", "machine", "matmul_gflop_per_s", "rows"}
@@ -17,7 +20,7 @@ KEYS = {"command", "date", "settings", "machine", "matmul_gflop_per_s", "rows"}
 
 @pytest.fixture(autouse=True)
 def _few_operations(monkeypatch):
-    monkeypatch.setattr(benchmark, "matmul_gflop_per_s", lambda device, dtype, calm: 1.0)
+    monkeypatch.setattr(measure, "matmul_gflop_per_s", lambda device, dtype, calm: 1.0)
 
 
 def run(*arguments):
@@ -36,9 +39,9 @@ def one_line_error(*arguments):
 
 @torch.no_grad()
 def test_drawn_out_is_ours():
-    network = benchmark.build_network("segformer_b0", 5).double()
-    ours, fused = benchmark.build_ours(network)
-    (drawn_out,) = benchmark.build_drawn_out(network)
+    network = forward.build_network("segformer_b0", 5).double()
+    ours, fused = forward.build_ours(network)
+    (drawn_out,) = forward.build_drawn_out(network)
     image = torch.randn(2, 3, 45, 77, dtype=torch.float64)
     expected = ours.logits(image)
     assert expected.abs().max() > 0.1
@@ -56,8 +59,8 @@ def test_drawn_out_is_ours():
 @torch.no_grad()
 def test_others_hold_the_same_network(against, module, names):
     pytest.importorskip(module)
-    alternatives = benchmark.build_alternatives(benchmark.build_network("segformer_b0", 5), [against])
-    distances = benchmark.compare_logits(alternatives, torch.randn(1, 3, *SIZE))
+    alternatives = forward.build_alternatives(forward.build_network("segformer_b0", 5), [against])
+    distances = forward.compare_logits(alternatives, torch.randn(1, 3, *SIZE))
     assert list(distances) == ["ours", "fused", *names]
     assert distances["ours"] == 0
     assert max(distances.values()) < 1e-4
@@ -69,14 +72,14 @@ def test_others_hold_the_same_network(against, module, names):
 
 @torch.no_grad()
 def test_another_network_is_not_timed():
-    network, other = (benchmark.build_network("segformer_b0", 5) for _ in range(2))
-    alternatives = [*benchmark.build_ours(network), *benchmark.build_drawn_out(other)]
-    with pytest.raises(benchmark.UserError, match="drawn-out does not compute the same network"):
-        benchmark.compare_logits(alternatives, torch.randn(1, 3, *SIZE))
+    network, other = (forward.build_network("segformer_b0", 5) for _ in range(2))
+    alternatives = [*forward.build_ours(network), *forward.build_drawn_out(other)]
+    with pytest.raises(UserError, match="drawn-out does not compute the same network"):
+        forward.compare_logits(alternatives, torch.randn(1, 3, *SIZE))
     with torch.no_grad():
         other.head.linear_pred.bias.fill_(torch.nan)
-    with pytest.raises(benchmark.UserError, match="its logits are nan"):
-        benchmark.compare_logits(alternatives, torch.randn(1, 3, *SIZE))
+    with pytest.raises(UserError, match="its logits are nan"):
+        forward.compare_logits(alternatives, torch.randn(1, 3, *SIZE))
 
 
 def test_report_and_json(tmp_path, capsys):
@@ -94,7 +97,7 @@ def test_report_and_json(tmp_path, capsys):
     assert found["settings"]["classes"] == 5
     assert {"processor", "cores", "threads", "device", "load", "python", "versions"} == set(found["machine"])
     for row in found["rows"]:
-        assert set(row) == set(benchmark.Row._fields)
+        assert set(row) == {*measure.Cost._fields, "parameters", "difference"}
         assert len(row["seconds"]) == 2
         assert row["minimum"] <= row["median"] <= row["maximum"]
         assert row["gflop_per_s"] == pytest.approx(row["gflop"] / row["median"])
@@ -147,7 +150,7 @@ def test_libraries_have_segformers_alone():
 def test_turns():
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = benchmark.take_turns(runs, rounds=2, warmup=1)
+    seconds = measure.take_turns(runs, rounds=2, warmup=1)
     assert "".join(order) == "ababab"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
 
@@ -155,52 +158,58 @@ def test_turns():
 def test_disturbed_rounds_are_repeated(monkeypatch):
     # three rounds, others taking 2, 0 and 0 seconds meanwhile: the first does not count
     taken = iter([0, 2, 2, 2, 2, 2])
-    monkeypatch.setattr(benchmark, "others_seconds", lambda: next(taken))
+    monkeypatch.setattr(measure, "others_seconds", lambda: next(taken))
     waits = []
-    monkeypatch.setattr(benchmark, "wait_for_calm", lambda: waits.append(None))
+    monkeypatch.setattr(measure, "wait_for_calm", lambda: waits.append(None))
     order = []
-    seconds = benchmark.take_turns({"a": lambda: order.append("a")}, rounds=2, calm=True, warmup=0)
+    seconds = measure.take_turns({"a": lambda: order.append("a")}, rounds=2, calm=True, warmup=0)
     assert (len(seconds["a"]), len(order), len(waits)) == (2, 3, 3)
 
 
 def test_calm_is_waited_for(monkeypatch):
-    if not benchmark.STAT.exists():
+    if not measure.STAT.exists():
         pytest.skip("this system does not tell")
     taken = iter([0, 1, 1, 1.05])  # a second of others' time in the first second, next to none in the second
-    monkeypatch.setattr(benchmark, "others_seconds", lambda: next(taken))
+    monkeypatch.setattr(measure, "others_seconds", lambda: next(taken))
     slept = []
-    monkeypatch.setattr(benchmark.time, "sleep", slept.append)
-    benchmark.wait_for_calm()
+    monkeypatch.setattr(measure.time, "sleep", slept.append)
+    measure.wait_for_calm()
     assert slept == [1, 1]
 
 
 def test_own_time_is_nobody_elses():
-    if not benchmark.STAT.exists():
+    if not measure.STAT.exists():
         pytest.skip("this system does not tell")
-    assert benchmark.others_seconds() > 0
+    assert measure.others_seconds() > 0
 
 
 def test_calm_needs_linux(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(measure, "STAT", tmp_path / "stat")
     assert "--calm reads" in one_line_error("--calm")
 
 
 def test_gflop_by_hand():
     linear, image = nn.Linear(30, 50), torch.randn(7, 30)
-    assert benchmark.count_gflop(lambda: linear(image)) == 2 * 7 * 30 * 50 / 1e9
+    assert measure.count_gflop(lambda: linear(image)) == 2 * 7 * 30 * 50 / 1e9
+
+
+def test_gflop_of_a_step_by_hand():
+    grouped = nn.Conv2d(6, 6, 3, padding=1, groups=6)  # 9 multiply-adds a channel and position, three times
+    image = torch.randn(2, 6, 5, 7, requires_grad=True)
+    assert measure.count_gflop(lambda: grouped(image).sum().backward()) == 3 * 2 * 9 * 6 * 2 * 5 * 7 / 1e9
 
 
 def test_peak_memory_sees_what_is_freed_again():
-    before = benchmark.peak_memory_mb(lambda: None, torch.device("cpu"))
+    before = measure.peak_memory_mb(lambda: None, torch.device("cpu"))
     if before is None:
         pytest.skip("this system does not tell")
-    grown = benchmark.peak_memory_mb(lambda: torch.ones(64, 1024, 1024).sum(), torch.device("cpu"))
+    grown = measure.peak_memory_mb(lambda: torch.ones(64, 1024, 1024).sum(), torch.device("cpu"))
     assert grown > 200  # 268 MB
     assert before < 100
 
 
 def test_table_is_markdown_in_columns():
-    assert benchmark.as_markdown(("a", "long"), [("bcd", "1")]).splitlines() == [
+    assert measure.as_markdown(("a", "long"), [("bcd", "1")]).splitlines() == [
         "| a   | long |",
         "| --- | ---: |",
         "| bcd |    1 |",

@@ -9,8 +9,8 @@ import torch
 from transkd.models import SEGMENTERS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import benchmark
 import model_table
+from benchmarks import forward, measure
 
 
 def rows_of(page):
@@ -39,11 +39,11 @@ def test_rows_without_latency(tmp_path):
 def test_counted_on_meta_is_counted_for_real():
     size = (64, 96)
     counted = model_table.count("segformer_b0", size)
-    network = benchmark.build_network("segformer_b0", model_table.CLASSES)
+    network = forward.build_network("segformer_b0", model_table.CLASSES)
     image = torch.randn(1, 3, *size)
     with torch.inference_mode():
-        alternatives = benchmark.build_alternatives(network, ["drawn-out"])
-        gflop = {name: benchmark.count_gflop(lambda logits=logits: logits(image)) for name, _, logits in alternatives}
+        alternatives = forward.build_alternatives(network, ["drawn-out"])
+        gflop = {name: measure.count_gflop(lambda logits=logits: logits(image)) for name, _, logits in alternatives}
     assert counted.gflop == gflop["fused"]
     assert counted.gflop_drawn_out == gflop["drawn-out"]
     assert counted.parameters == sum(parameter.numel() for parameter in network.parameters())

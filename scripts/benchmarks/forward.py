@@ -1,0 +1,237 @@
+"""Image to logits, beside other ways to compute the same logits."""
+
+import argparse
+import importlib
+import tempfile
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from benchmarks import measure
+from transkd.errors import UserError
+from transkd.models import SEGMENTERS, SegformerHead, Segmenter, create_segmenter
+from transkd.models.formats import SMP, rename_to_huggingface
+from transkd.models.mit import VARIANTS
+
+TOLERANCE = 1e-3  # between the alternatives' logits in float32, relative to the largest logit
+
+
+class Alternative(NamedTuple):
+    """One way to get the logits of the same network from a normalised image."""
+
+    name: str
+    module: nn.Module
+    logits: Callable[[Tensor], Tensor]
+
+
+def build_network(name: str, classes: int, head: str | None = None) -> Segmenter:
+    """One of our networks at random weights, in eval, for images that are normalised already.
+
+    The other libraries want such images, so ours is given the mean 0 and the deviation 1; it still subtracts and
+    divides. It is roughened: a bias or norm in the wrong place would go unseen at 0 and 1.
+    """
+    network = create_segmenter(name, classes, head=head, mean=(0, 0, 0), std=(1, 1, 1)).eval()
+    roughen(network)
+    return network
+
+
+@torch.no_grad()
+def roughen(network: Segmenter) -> None:
+    """Move biases, norms and the head's statistics away from their 0 and 1."""
+    for parameter in network.parameters():
+        if parameter.ndim == 1:
+            parameter += 0.1 * torch.randn_like(parameter)
+    for module in network.head.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+
+
+def build_ours(network: Segmenter) -> list[Alternative]:
+    """The network as it trains, and fused for inference where its head can be."""
+    found = [Alternative("ours", network, lambda image: _logits(network, image))]
+    if isinstance(network.head, SegformerHead):
+        fused = network.fuse()
+        found.append(Alternative("fused", fused, lambda image: _logits(fused, image)))
+    return found
+
+
+def best_of_ours(names: Container[str]) -> str:
+    """The one that the others are compared with."""
+    return "fused" if "fused" in names else "ours"
+
+
+def _logits(network: Segmenter, image: Tensor) -> Tensor:
+    return network(image, needs={"logits"}).logits
+
+
+def build_drawn_out(network: Segmenter) -> list[Alternative]:
+    """Our encoder and the SegFormer head as its paper draws it."""
+    if not isinstance(network.head, SegformerHead):
+        raise UserError(f"--against drawn-out: {network.name} has no SegFormer head")
+    head = network.head
+
+    def logits(image: Tensor) -> Tensor:
+        features, _ = network.encoder.forward_stages(network.normalise(image))
+        return draw_out(head, features)
+
+    return [Alternative("drawn-out", network, logits)]
+
+
+def draw_out(head: SegformerHead, features: Sequence[Tensor]) -> Tensor:
+    """SegFormer's decode head computed step by step: linear, upsample, concatenate deepest first, fuse, classify."""
+    maps = []
+    for name, feature in zip(head.linears, features, strict=True):
+        tokens = head.get_submodule(name).proj(feature.flatten(2).transpose(1, 2))
+        drawn = tokens.transpose(1, 2).unflatten(2, feature.shape[-2:])
+        maps.append(F.interpolate(drawn, size=features[0].shape[-2:], mode="bilinear", align_corners=False))
+    fused = head.linear_fuse.conv(torch.cat(maps[::-1], dim=1))
+    return head.linear_pred(head.dropout(F.relu(head.linear_fuse.bn(fused))))
+
+
+def build_transformers(network: Segmenter) -> list[Alternative]:
+    """The same SegFormer in Hugging Face's transformers."""
+    library = _library("transformers", "transformers")
+    encoder = _segformer_encoder(network, "transformers")
+    config = library.SegformerConfig(
+        hidden_sizes=list(network.channels),
+        depths=list(VARIANTS[encoder]["depths"]),
+        decoder_hidden_size=_width(network),
+        num_labels=network.num_classes,
+    )
+    library.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tensors = {name: tensor.contiguous() for name, tensor in rename_to_huggingface(network.state_dict()).items()}
+        save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
+        model = library.SegformerForSemanticSegmentation.from_pretrained(folder).eval()
+    return [Alternative("transformers", model, lambda image: model(image).logits)]
+
+
+def build_smp(network: Segmenter) -> list[Alternative]:
+    """The same SegFormer in segmentation_models.pytorch, as it is and without its last upsampling."""
+    library = _library("segmentation_models_pytorch", "smp")
+    encoder = _segformer_encoder(network, "smp")
+    model = library.Segformer(
+        encoder, encoder_weights=None, decoder_segmentation_channels=_width(network), classes=network.num_classes
+    ).eval()
+    prefixes = {ours: theirs for theirs, ours in SMP.items()}
+    renamed = {}
+    for name, tensor in network.state_dict().items():
+        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+        renamed[prefixes[prefix] + name.removeprefix(prefix)] = tensor
+    model.load_state_dict(renamed)
+    return [
+        Alternative("smp", model, model),
+        Alternative(
+            "smp, stride 4", model, lambda image: model.segmentation_head[0](model.decoder(model.encoder(image)))
+        ),
+    ]
+
+
+def _library(module: str, option: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"--against {option} needs the package {module} ({error}): pip install {module}") from None
+
+
+def _segformer_encoder(network: Segmenter, option: str) -> str:
+    recipe = SEGMENTERS.get(network.name)
+    if recipe is None or recipe.encoder not in VARIANTS or not isinstance(network.head, SegformerHead):
+        raise UserError(f"--against {option}: that library has no {network.name}; it has segformer_b0 to segformer_b5")
+    return recipe.encoder
+
+
+def _width(network: Segmenter) -> int:
+    return network.head.linear_pred.in_channels
+
+
+AGAINST: dict[str, Callable[[Segmenter], list[Alternative]]] = {
+    "drawn-out": build_drawn_out,
+    "transformers": build_transformers,
+    "smp": build_smp,
+}
+
+
+def build_alternatives(network: Segmenter, against: Sequence[str]) -> list[Alternative]:
+    """Ours first, then the others, all with the network's own weights."""
+    return [*build_ours(network), *(alternative for name in against for alternative in AGAINST[name](network))]
+
+
+def compare_logits(alternatives: Sequence[Alternative], image: Tensor) -> dict[str, float]:
+    """Largest distance of each from the first, relative to the largest logit.
+
+    Raises:
+        UserError: one is further away than rounding explains, so that its time would mean nothing.
+    """
+    reference = alternatives[0].logits(image)
+    distances = {}
+    for name, _, logits in alternatives:
+        got = logits(image)
+        wanted = reference
+        if got.shape != wanted.shape:  # smp brings its logits to the image's size, corner to corner
+            wanted = F.interpolate(reference, size=got.shape[-2:], mode="bilinear", align_corners=True)
+        distances[name] = ((got - wanted).abs().max() / wanted.abs().max()).item()
+        if not distances[name] <= TOLERANCE:
+            raise UserError(
+                f"{name} does not compute the same network: its logits are {distances[name]:.1e} of the largest logit "
+                f"away from ours, expected at most {TOLERANCE:.0e}; nothing was timed"
+            )
+    return distances
+
+
+# The subcommand.
+
+
+def forward(args: argparse.Namespace) -> None:
+    """Image to logits, beside other ways to compute the same logits."""
+    device, dtype, found = measure.prepare(args)
+    alternatives = build_alternatives(build_network(args.network, args.classes), args.against)
+    best = best_of_ours([alternative.name for alternative in alternatives])
+    if args.compile:
+        chosen = next(alternative for alternative in alternatives if alternative.name == best)
+        logits = torch.compile(chosen.logits)
+        alternatives.append(Alternative(best + measure.COMPILED, chosen.module, logits))
+    image = torch.randn(args.batch, 3, *args.size)
+    with torch.inference_mode():
+        distances = compare_logits(alternatives, image)
+        for alternative in alternatives:
+            alternative.module.to(device, dtype)
+        image = image.to(device, dtype)
+        runs = {name: lambda logits=logits: logits(image) for name, _, logits in alternatives}
+        costs = measure.measure_costs(runs, args, best)
+        if args.profile:
+            if args.calm:
+                measure.wait_for_calm()
+            found["operators"] = measure.operator_shares(runs[best], device)
+
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) for _, module, _ in alternatives]
+    found["rows"] = [
+        {**cost._asdict(), "parameters": size, "difference": distances[cost.name]}
+        for cost, size in zip(costs, sizes, strict=True)
+    ]
+    header = ("forward", *measure.COSTS, "parameters M", "difference")
+    rows = [
+        [cost.name, *measure.cost_cells(cost), f"{size / 1e6:.2f}", f"{distances[cost.name]:.0e}"]
+        for cost, size in zip(costs, sizes, strict=True)
+    ]
+    tables = [measure.as_markdown(header, rows)]
+    if args.profile:
+        tables.append(measure.as_markdown((f"operator of {best}", "share %"), measure.largest(found["operators"])))
+    shape = "×".join(map(str, image.shape))
+    measure.report(args, f"{args.network}, {args.classes} classes, {shape}", found, *tables)
+
+
+def add(subparsers: Any) -> None:
+    """The subcommand's own arguments."""
+    parser = measure.add_command(subparsers, forward)
+    parser.add_argument("--network", default="segformer_b0", help="any name that create_segmenter takes")
+    measure.add_image_options(parser)
+    parser.add_argument("--against", nargs="*", default=[], choices=AGAINST, help="beside ours and ours fused")
+    parser.add_argument("--profile", action="store_true", help="also show where the fused forward spends its time")
