@@ -69,7 +69,7 @@ def count(name: str, size: Sequence[int]) -> Counted:
         best = forward.build_ours(network)[-1]
         drawn_out = None
         if isinstance(network.head, SegformerHead):
-            drawn = forward.build_drawn_out(network)[0]
+            drawn = forward.build_unfolded(network)[0]
             drawn_out = measure.count_gflop(lambda: drawn.logits(image))
         return Counted(
             name,

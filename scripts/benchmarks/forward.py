@@ -2,10 +2,12 @@
 
 import argparse
 import importlib
+import math
 import tempfile
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -70,17 +72,37 @@ def _logits(network: Segmenter, image: Tensor) -> Tensor:
     return network(image, needs={"logits"}).logits
 
 
-def build_drawn_out(network: Segmenter) -> list[Alternative]:
+def build_unfolded(network: Segmenter) -> list[Alternative]:
     """Our encoder and the SegFormer head as its paper draws it."""
     if not isinstance(network.head, SegformerHead):
-        raise UserError(f"--against drawn-out: {network.name} has no SegFormer head")
+        raise UserError(f"--against unfolded, drawn-out: {network.name} has no SegFormer head")
     head = network.head
 
     def logits(image: Tensor) -> Tensor:
         features, _ = network.encoder.forward_stages(network.normalise(image))
         return draw_out(head, features)
 
+    return [Alternative("unfolded", network, logits)]
+
+
+def build_drawn_out(network: Segmenter) -> list[Alternative]:
+    """The same with each attention matrix in memory: all of it as a first implementation has it."""
+    (unfolded,) = build_unfolded(network)
+
+    def logits(image: Tensor) -> Tensor:
+        with mock.patch.object(F, "scaled_dot_product_attention", explicit_attention):
+            return unfolded.logits(image)
+
     return [Alternative("drawn-out", network, logits)]
+
+
+def explicit_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """softmax(Q Kᵀ / √d) V with the matrix in memory."""
+    assert dropout_p == 0
+    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    return scores.softmax(-1) @ value
 
 
 def draw_out(head: SegformerHead, features: Sequence[Tensor]) -> Tensor:
@@ -154,6 +176,7 @@ def _width(network: Segmenter) -> int:
 
 AGAINST: dict[str, Callable[[Segmenter], list[Alternative]]] = {
     "drawn-out": build_drawn_out,
+    "unfolded": build_unfolded,
     "transformers": build_transformers,
     "smp": build_smp,
 }

@@ -6,7 +6,6 @@ The alternatives differ in how the same loss and gradients are computed; they ho
 import argparse
 import contextlib
 import copy
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks import measure
-from benchmarks.forward import draw_out, roughen
+from benchmarks.forward import draw_out, explicit_attention, roughen
 from transkd.cli import CONF, explain
 from transkd.errors import UserError
 from transkd.losses import Criterion
@@ -123,15 +122,6 @@ class Unfolded(nn.Module):
         features, embeddings = network.encoder.forward_stages(image)
         logits = draw_out(network.head, features) if "logits" in needs else None
         return SegmentationOutput(logits, features, embeddings, image)
-
-
-def explicit_attention(
-    query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, scale: float | None = None
-) -> Tensor:
-    """softmax(Q Kᵀ / √d) V with the matrix in memory."""
-    assert dropout_p == 0
-    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    return scores.softmax(-1) @ value
 
 
 @contextlib.contextmanager

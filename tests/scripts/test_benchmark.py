@@ -41,11 +41,11 @@ def one_line_error(*arguments):
 def test_drawn_out_is_ours():
     network = forward.build_network("segformer_b0", 5).double()
     ours, fused = forward.build_ours(network)
-    (drawn_out,) = forward.build_drawn_out(network)
+    others = [fused, *forward.build_unfolded(network), *forward.build_drawn_out(network)]
     image = torch.randn(2, 3, 45, 77, dtype=torch.float64)
     expected = ours.logits(image)
     assert expected.abs().max() > 0.1
-    for other in (fused, drawn_out):
+    for other in others:
         torch.testing.assert_close(other.logits(image), expected, rtol=1e-9, atol=1e-9)
 
 

@@ -42,10 +42,10 @@ def test_counted_on_meta_is_counted_for_real():
     network = forward.build_network("segformer_b0", model_table.CLASSES)
     image = torch.randn(1, 3, *size)
     with torch.inference_mode():
-        alternatives = forward.build_alternatives(network, ["drawn-out"])
+        alternatives = forward.build_alternatives(network, ["unfolded"])
         gflop = {name: measure.count_gflop(lambda logits=logits: logits(image)) for name, _, logits in alternatives}
     assert counted.gflop == gflop["fused"]
-    assert counted.gflop_drawn_out == gflop["drawn-out"]
+    assert counted.gflop_drawn_out == gflop["unfolded"]
     assert counted.parameters == sum(parameter.numel() for parameter in network.parameters())
 
 
