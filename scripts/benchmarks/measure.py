@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from transkd.errors import UserError
+from transkd.memory import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -292,6 +293,7 @@ def options(rounds: int = 10) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--compile", action="store_true", help="also measure ours under torch.compile")
+    parser.add_argument("--keep-memory", action="store_true", help="of the C library, as transkd.train does (Linux)")
     parser.add_argument("--json", type=Path, help="write everything there too")
     return parser
 
@@ -321,6 +323,8 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, dict[s
         raise UserError(f"--rounds must be at least 1; got {args.rounds}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.keep_memory and not keep_freed_memory():
+        raise UserError("--keep-memory is for glibc (Linux), which this C library is not; leave it out")
     torch.manual_seed(0)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here; take --device cpu")
