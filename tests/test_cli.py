@@ -278,3 +278,17 @@ def test_two_processes_share_a_run(trained, tmp_path):
     ]
     subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=300)
     assert results(tmp_path, "one")["mIoU"] == results(tmp_path, "two")["mIoU"]
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export"])
+@pytest.mark.parametrize("arguments", [["--help"], ["+experiment=nope"]])
+def test_answers_before_anything_heavy_is_imported(tmp_path, command, arguments):
+    heavy = {"torch", "lightning", "timm", "albumentations", "torchmetrics", "transformers"}
+    program = (
+        f"import sys, runpy; sys.argv = ['{command}', *{arguments}]\n"
+        f"try: runpy.run_module('transkd.{command}', run_name='__main__')\n"
+        f"finally: print('loaded:', sorted({heavy} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.rstrip().endswith("loaded: []")
+    assert "is powered by Hydra" in done.stdout or done.stderr.startswith("error: unknown experiment")

@@ -34,6 +34,7 @@ class Distiller(L.LightningModule):
         protocol: how validation is scored (``transkd.metrics.PROTOCOLS``).
         gradients_every: steps between two looks at each term's gradient (``gradient_statistics``); 0: none.
         seed: dropout and stochastic depth of epoch e depend on seed and e alone, so that a resumed run repeats them.
+        channels_last: whether the networks get their images in that memory format; their weights are the caller's.
         notes: kept in every checkpoint beside the student's description (the teacher's path and hash).
     """
 
@@ -50,6 +51,7 @@ class Distiller(L.LightningModule):
         protocol: str = "full-res",
         gradients_every: int = 0,
         seed: int = 0,
+        channels_last: bool = False,
         notes: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -59,6 +61,7 @@ class Distiller(L.LightningModule):
         self.classes = classes
         self.optimizer, self.scheduler, self.interval, self.horizon = optimizer, scheduler, interval, horizon
         self.gradients_every, self.seed = gradients_every, seed
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.notes = notes or {}
         self.score = SegmentationScore(student.num_classes, protocol)
         self.scores: Scores | None = None
@@ -66,6 +69,7 @@ class Distiller(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step of distillation."""
         image, target, *names = batch
+        image = image.to(memory_format=self.memory_format)
         if self.criterion.schedules:
             self.criterion.advance(self._progress())
         student = self.student(image)
@@ -73,7 +77,7 @@ class Distiller(L.LightningModule):
         teacher = self.teacher(image, needs) if self.teacher is not None and needs else None
         looks = self.student_parameters if self.criterion.calibrating else ()
         loss, values = self.criterion(student, teacher, target, looks)
-        if not loss.isfinite():
+        if not loss.isfinite():  # the one place where a step waits for the device
             raise UserError(self._not_finite(values, names))
         named = {f"train/{name}": value.detach() for name, value in values.items()}
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=len(image))
@@ -104,7 +108,7 @@ class Distiller(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score the student alone."""
         image, target, *_ = batch
-        self.score.update(self.student(image).logits, target)
+        self.score.update(self.student(image.to(memory_format=self.memory_format)).logits, target)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the split, stamped with their protocol."""

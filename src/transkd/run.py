@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from transkd.cli import save_resolved
+from transkd.compiling import check_compiler, compile_in_place
 from transkd.data import SegmentationDataModule
 from transkd.data.datamodule import collate
 from transkd.distiller import Distiller
@@ -49,11 +50,14 @@ def run(cfg: DictConfig) -> None:
     ckpt_path = find_checkpoint(cfg)
     quiet_lightning()
     torch.set_float32_matmul_precision("high")
+    if cfg.compile:
+        check_compiler(training_device(cfg))
     L.seed_everything(cfg.seed, verbose=False)
 
     data: SegmentationDataModule = instantiate(cfg.data)
     student = build_student(cfg)  # before the teacher: its start must not depend on one
     criterion, teacher_network = build_criterion(cfg, student)
+    set_memory_format(cfg, student, teacher_network)
     if getattr(rank_zero_only, "rank", 0) == 0:
         save_resolved(cfg, run_dir / "config.yaml")
         data.prepare_data()
@@ -74,6 +78,7 @@ def run(cfg: DictConfig) -> None:
         raise UserError("student.from_teacher=true, but no term reads a teacher; choose one with distill=…")
 
     adapt(cfg, student)
+    compile_parts(cfg, criterion, student, teacher_network)
     distiller = Distiller(student, criterion, data.classes, teacher, notes=notes, **training_settings(cfg))
     trainer = build_trainer(cfg)
     fit(trainer, distiller, data, ckpt_path)
@@ -136,6 +141,8 @@ def build_student(cfg: DictConfig) -> Network:
     if cfg.student.weights is not None:
         load_weights(student, cfg.student.weights, cfg.student.classifier, cfg.student.license)
     check_license_policy(student.lineage, cfg.license_policy, f"the student {student.name}")
+    if cfg.student.checkpointing:
+        student.checkpoint_activations()
     return student
 
 
@@ -155,6 +162,27 @@ def build_criterion(cfg: DictConfig, student: Network) -> tuple[Criterion, Netwo
         teacher = instantiate(cfg.teacher.network)
         cfg.channels.teacher = list(teacher.channels)
     return instantiate(cfg.criterion), teacher
+
+
+def set_memory_format(cfg: DictConfig, *networks: Network | None) -> None:
+    """Where that is asked for, lay the networks' weights out channels-last; the Distiller does so with the images."""
+    for network in networks:
+        if cfg.channels_last and network is not None:
+            network.to(memory_format=torch.channels_last)
+
+
+def compile_parts(cfg: DictConfig, criterion: Criterion, *networks: Network | None) -> None:
+    """Where that is asked for, compile networks and terms; weights and schedules stay plain Python."""
+    if cfg.compile:
+        parts = (*networks, *criterion.terms.values())
+        looks_back = bool(cfg.gradients_every or criterion.shares)
+        compile_in_place(*(part for part in parts if part is not None), keep_graph=looks_back)
+
+
+def training_device(cfg: DictConfig) -> torch.device:
+    """The kind of device that Lightning will train on."""
+    found = None if cfg.trainer.accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
 
 
 def rehearse(student: Network, teacher: Network | None, criterion: Criterion, data: SegmentationDataModule) -> None:
@@ -199,6 +227,7 @@ def training_settings(cfg: DictConfig) -> dict[str, Any]:
         "protocol": cfg.protocol,
         "gradients_every": cfg.gradients_every,
         "seed": cfg.seed,
+        "channels_last": cfg.channels_last,
     }
 
 
@@ -262,6 +291,7 @@ def fit_teacher(cfg: DictConfig, network: Network, data: SegmentationDataModule)
         return path
     log.info("teacher: training %s for %d epochs first", network.name, cfg.teacher.fit.max_epochs)
     task = Criterion({"task": {"term": instantiate(cfg.criterion.terms.task.term), "weight": 1.0}})
+    compile_parts(cfg, task, network)
     distiller = Distiller(network, task, data.classes, **training_settings(cfg))
     trainer = build_side_trainer(cfg, max_epochs=cfg.teacher.fit.max_epochs)
     fit(trainer, distiller, data)

@@ -85,6 +85,7 @@ class Criterion(nn.Module):
                 raise UserError("A weight of auto(s) is relative to the task: the term 'task' must have a weight.")
             self.register_buffer("auto_sums", torch.zeros(len(self.shares), dtype=torch.float64))
             self.register_buffer("auto_steps", torch.tensor(0))
+        self._calibrated = not self.shares  # known to Python, since a look at auto_steps waits for the device
 
     @property
     def weights(self) -> dict[str, float | None]:
@@ -107,7 +108,9 @@ class Criterion(nn.Module):
     @property
     def calibrating(self) -> bool:
         """Whether automatic weights are still being set."""
-        return bool(self.shares) and self.training and int(self.auto_steps) < CALIBRATION_STEPS
+        if not self._calibrated and self.training:
+            self._calibrated = int(self.auto_steps) >= CALIBRATION_STEPS
+        return not self._calibrated and self.training
 
     def advance(self, progress: Progress) -> None:
         """Set every schedule to where the run is; to be called before each step."""
@@ -139,9 +142,17 @@ class Criterion(nn.Module):
             )
         if self.calibrating and torch.is_grad_enabled():
             self._calibrate(values, parameters)
-        weights = self.weights
-        total = torch.stack([(weights[name] or 0.0) * self.factors[name] * value for name, value in values.items()])
+        scales = self._scales()
+        total = torch.stack([_scaled(value, scales[name]) for name, value in values.items()])
         return CriterionOutput(total.sum() + self._idle(), values)
+
+    def _scales(self) -> dict[str, Tensor | float]:
+        """Weight · schedule by name; automatic weights stay on their device, 0 while they are not known."""
+        weights: dict[str, Tensor | float] = dict(self.fixed)
+        if self.shares:
+            means = self.auto_sums / self.auto_steps.clamp_min(1)
+            weights.update(zip(self.shares, means.unbind(), strict=True))
+        return {name: weight * self.factors[name] for name, weight in weights.items()}
 
     def _calibrate(self, values: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> None:
         if not parameters:
@@ -160,6 +171,10 @@ class Criterion(nn.Module):
             self.auto_sums += ratios
             self.auto_steps += 1
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._calibrated = not self.shares  # to be seen from what was loaded
+
     def _idle(self) -> Tensor | float:
         """A 0 that holds the parameters of scheduled terms which are off: data-parallel training wants a gradient."""
         idle = [p for name, term in self._weighted() if self.factors[name] == 0 for p in term.parameters()]
@@ -174,6 +189,11 @@ class Criterion(nn.Module):
 
 def _needs(term: nn.Module) -> frozenset[str]:
     return frozenset(getattr(term, "needs", ()))
+
+
+def _scaled(value: Tensor, scale: Tensor | float) -> Tensor:
+    """Scale · value in the value's dtype, which a float64 tensor would change and a number does not."""
+    return value * (scale.to(value.dtype) if isinstance(scale, Tensor) else scale)
 
 
 def _share(weight: object) -> float | None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from transkd.errors import UserError
 from transkd.models.mit import to_tokens
@@ -189,6 +190,7 @@ class LiteVisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = tuple(channels)
+        self.grad_checkpointing = False
         drop_rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         for i, width in enumerate(channels):
             previous = channels[i - 1] if i else in_chans
@@ -211,6 +213,7 @@ class LiteVisionTransformer(nn.Module):
                 f"LVT needs an image of at least 32×32 pixels, got {image.shape[-2]}×{image.shape[-1]}: "
                 "its deepest stage has stride 32. Resize or pad the image."
             )
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
         features, embeddings = [], []
         feature = image
         for i in range(1, len(self.channels) + 1):
@@ -219,7 +222,11 @@ class LiteVisionTransformer(nn.Module):
             embeddings.append(to_tokens(embedded))
             x = embed.norm(channels_last(embedded))
             for block in self.get_submodule(f"block{i}").children():
-                x = block(x)
+                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             feature = channels_first(x)
             features.append(feature)
         return tuple(features), tuple(embeddings)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep no activations inside the blocks; the backward pass computes each block again."""
+        self.grad_checkpointing = enable

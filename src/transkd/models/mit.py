@@ -9,6 +9,7 @@ from timm.layers.drop import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from transkd.errors import UserError
 from transkd.patch_embedding import OverlapPatchEmbedding, init_vision_weights
@@ -143,6 +144,7 @@ class MixTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = tuple(channels)
+        self.grad_checkpointing = False
         self.num_features = self.head_hidden_size = self.channels[-1]
         self.feature_info = [
             {"num_chs": width, "reduction": 4 * 2**i, "module": f"norm{i + 1}"} for i, width in enumerate(channels)
@@ -168,18 +170,23 @@ class MixTransformer(nn.Module):
                 f"MiT needs an image of at least 32×32 pixels, got {image.shape[-2]}×{image.shape[-1]}: "
                 "its deepest stage has stride 32. Resize or pad the image."
             )
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
         features, embeddings = [], []
         feature = image
         for i in range(1, (num_stages or len(self.channels)) + 1):
             tokens, grid = self.get_submodule(f"patch_embed{i}")(feature)
             embeddings.append(tokens)
             for block in self.get_submodule(f"block{i}").children():
-                tokens = block(tokens, grid)
+                tokens = checkpoint(block, tokens, grid, use_reentrant=False) if recompute else block(tokens, grid)
             feature = to_map(self.get_submodule(f"norm{i}")(tokens), grid)
             features.append(feature)
         return tuple(features), tuple(embeddings)
 
     # What follows is timm's interface of an image classifier with feature extraction.
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep no activations inside the blocks; the backward pass computes each block again."""
+        self.grad_checkpointing = enable
 
     def forward_intermediates(
         self,

@@ -77,6 +77,17 @@ class Network(nn.Module):
         """Run the network; what ``needs`` does not name may be left out."""
         raise NotImplementedError
 
+    def checkpoint_activations(self) -> None:
+        """Keep few activations in training: the backward pass computes them again, for memory at the price of time.
+
+        Raises:
+            UserError: the network cannot.
+        """
+        raise UserError(
+            f"{self.name} cannot recompute activations: expected an encoder with set_grad_checkpointing, such as that "
+            "of segformer_b0, lvt or pvt_v2_b0; choose one, or say student.checkpointing=false"
+        )
+
     @torch.no_grad()
     def predict(self, image: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Class ids [B, H, W] of images [B, 3, h, w]; ``size`` (H, W) is the image's own where not given."""

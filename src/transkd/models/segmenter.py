@@ -60,6 +60,13 @@ class Segmenter(Network):
         logits = self.head(features) if "logits" in needs else None
         return SegmentationOutput(logits, features, embeddings, image)
 
+    def checkpoint_activations(self) -> None:
+        """Keep few activations of the encoder in training; see ``Network.checkpoint_activations``."""
+        try:
+            self.encoder.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):  # timm asserts where a network has none
+            super().checkpoint_activations()
+
     def fuse(self) -> "Segmenter":
         """A copy for inference whose head has its BatchNorm folded in: same output, fewer operations.
 

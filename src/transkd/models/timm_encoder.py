@@ -58,6 +58,7 @@ class TimmEncoder(nn.Module):
 
     def forward_stages(self, image: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Features and patch embeddings of the four stages."""
+        self._recorder.open = True
         try:
             features = self.body(image)
         except BaseException:
@@ -67,11 +68,16 @@ class TimmEncoder(nn.Module):
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return tuple(features), self._recorder.take(features)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep few activations; the backward pass computes them again. Timm's own, which not every network has."""
+        self.body.set_grad_checkpointing(enable)
+
 
 class _Recorder:
     """Holds what the taps saw in the forward that runs."""
 
     def __init__(self, count: int) -> None:
+        self.open = False  # else a layer runs outside a forward: computed again in the backward pass
         self.seen: list[Tensor | None] = [None] * count
 
     def take(self, features: list[Tensor]) -> tuple[Tensor, ...]:
@@ -90,6 +96,7 @@ class _Recorder:
     def clear(self) -> None:
         """Let go of what was seen."""
         self.seen = [None] * len(self.seen)
+        self.open = False
 
 
 class _Tap:
@@ -99,7 +106,8 @@ class _Tap:
         self.recorder, self.stage = recorder, stage
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.recorder.seen[self.stage] = output[0] if isinstance(output, tuple) else output
+        if self.recorder.open:
+            self.recorder.seen[self.stage] = output[0] if isinstance(output, tuple) else output
 
 
 def _create(name: str, args: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
