@@ -22,6 +22,7 @@ from transkd.data.datamodule import collate
 from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.losses import Criterion
+from transkd.memory import keep_freed_memory
 from transkd.metrics import Scores
 from transkd.models import FrozenTeacher, Network, add_lora, load_weights, merge_lora, save_segmenter
 from transkd.models.initialise import start_from_teacher
@@ -50,6 +51,8 @@ def run(cfg: DictConfig) -> None:
     ckpt_path = find_checkpoint(cfg)
     quiet_lightning()
     torch.set_float32_matmul_precision("high")
+    if cfg.keep_freed_memory:
+        keep_freed_memory()
     if cfg.compile:
         check_compiler(training_device(cfg))
     L.seed_everything(cfg.seed, verbose=False)
