@@ -6,7 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from transkd.upsampling import upsampled_argmax
+
 __all__ = ["PROTOCOLS", "Protocol", "Scores", "SegmentationScore", "scores_from_confusion"]
+
+PARTS = 8
 
 
 class Protocol(NamedTuple):
@@ -61,6 +65,8 @@ def scores_from_confusion(confusion: Tensor) -> Scores:
 class SegmentationScore(MulticlassConfusionMatrix):
     """Streaming mIoU: sums one confusion matrix over batches and ranks, keeps no prediction.
 
+    Full-size logits are never made (`upsampled_argmax`), and the matrix is exactly that of the plain way.
+
     Args:
         num_classes: number of classes K; 255 is ignored.
         protocol: a name in ``PROTOCOLS``.
@@ -74,9 +80,12 @@ class SegmentationScore(MulticlassConfusionMatrix):
         """Add logits [B, K, h, w] against labels [B, H, W]."""
         if PROTOCOLS[self.protocol].at_logits:
             target = F.interpolate(target[:, None].float(), size=logits.shape[-2:])[:, 0].long()
+            predicted = logits.argmax(1)
         else:
-            logits = F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
-        super().update(logits.argmax(1), target)
+            predicted = upsampled_argmax(logits, target.shape[-2:])
+        # counting makes several int64 copies of what it is given, so it is given a part at a time
+        for classes, labels in zip(predicted.flatten().chunk(PARTS), target.flatten().chunk(PARTS), strict=True):
+            super().update(classes, labels)
 
     def compute(self) -> Any:
         """``Scores`` of everything seen."""

@@ -135,3 +135,5 @@ def test_errors(pair):
         TaskCrossEntropy()(student._replace(logits=None), None, target)
     with pytest.raises(UserError, match="target=labels"):
         TaskCrossEntropy()(student, None)
+    with pytest.raises(UserError, match=r"2 images.*\[1, 24, 32\]"):
+        TaskCrossEntropy()(student, None, target[:1])

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
 from transkd.losses._maps import nearest
+from transkd.losses._sliced import sliced_cross_entropy
 from transkd.losses.criteria import widen
 from transkd.outputs import SegmentationOutput
 
@@ -22,6 +22,9 @@ class TaskCrossEntropy(nn.Module):
     ``Σ_x w[y_x] · −log softmax(z_x)[y_x] / Σ_x w[y_x]`` over the valid pixels x, and a differentiable 0 when
     there are none, where `torch.nn.functional.cross_entropy` gives NaN.
 
+    Logits are upsampled band by band and each band's gradient is taken at once, so that no copy of the logits at
+    the labels' size is made. The value can be differentiated once.
+
     Args:
         class_weights: w, one per class; None weighs all classes alike.
         resolution: where to compare: "labels" upsamples the logits bilinearly to the labels' size, "logits"
@@ -32,7 +35,8 @@ class TaskCrossEntropy(nn.Module):
         Logits [B, K, h, w], floating, and target [B, H, W], int64, to a scalar, float32 or float64.
 
     Raises:
-        UserError: an unknown resolution, no logits, no labels, or a number of class weights other than K.
+        UserError: an unknown resolution, no logits, no labels, labels of another shape or batch, or a number of
+            class weights other than K.
 
     Example:
         >>> student = SegmentationOutput(torch.zeros(1, 4, 2, 2), (), (), torch.rand(1, 3, 8, 8))
@@ -73,17 +77,12 @@ class TaskCrossEntropy(nn.Module):
                 f"TaskCrossEntropy has {len(self.class_weights)} class weights, the student "
                 f"{logits.shape[1]} classes: set class_weights to one weight per class, or to null."
             )
-        if self.resolution == "labels":
-            logits = F.interpolate(logits, size=target.shape[-2:], mode="bilinear", align_corners=False)
-        else:
+        if target.ndim != 3 or len(target) != len(logits):
+            raise UserError(
+                f"TaskCrossEntropy compares logits of {len(logits)} images with labels [B, H, W] of as many; "
+                f"got labels of shape {list(target.shape)}."
+            )
+        if self.resolution == "logits":
             target = nearest(target, logits.shape[-2:])
-        return _mean_cross_entropy(logits, target, self.class_weights, self.ignore_index)
-
-
-def _mean_cross_entropy(logits: Tensor, target: Tensor, class_weights: Tensor | None, ignore: int) -> Tensor:
-    ignored = (target == ignore) | (target < 0)
-    weights = logits.new_ones(logits.shape[1]) if class_weights is None else class_weights.to(logits)
-    total = F.cross_entropy(logits, target.masked_fill(ignored, -100), weights, reduction="sum")
-    mass = weights[target.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
-    # without a valid pixel 0 / tiny is 0, and so is its gradient
-    return total / mass.clamp_min(torch.finfo(logits.dtype).tiny)
+        weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights.to(logits)
+        return sliced_cross_entropy(logits, target, weights, self.ignore_index)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transkd.errors import UserError
 from transkd.models.lineage import Lineage
 from transkd.outputs import EVERYTHING, SegmentationOutput
+from transkd.upsampling import upsampled_argmax
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Network"]
 
@@ -94,5 +95,4 @@ class Network(nn.Module):
         logits = self(image, needs={"logits"}).logits
         if logits is None:
             raise UserError(f"{self.name} gives no logits, so it predicts no classes")
-        size = tuple(size or image.shape[-2:])
-        return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False).argmax(1)
+        return upsampled_argmax(logits, size or image.shape[-2:])

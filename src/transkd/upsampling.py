@@ -1,0 +1,44 @@
+"""Class ids at another size than the logits', without logits of that size."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["upsampled_argmax"]
+
+
+@torch.no_grad()
+def upsampled_argmax(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """The class with the highest score of logits upsampled bilinearly (align_corners=False), in float32.
+
+    ``F.interpolate(logits, …).argmax(1)`` to the bit: classes are upsampled one at a time, each by `F.interpolate`,
+    and only the best so far is kept. Of equal scores the first class is taken.
+
+    Args:
+        logits: [B, K, h, w].
+        size: (H, W).
+
+    Returns:
+        int64 [B, H, W].
+
+    Example:
+        >>> upsampled_argmax(torch.tensor([[[[1.0, 0.0]], [[0.0, 2.0]]]]), (1, 4))
+        tensor([[[0, 0, 1, 1]]])
+    """
+    best = _upsampled(logits, 0, size)
+    winner = torch.zeros_like(best, dtype=torch.int64)
+    for k in range(1, logits.shape[1]):
+        best = _overtaken(best, _upsampled(logits, k, size), winner, k)
+    return winner
+
+
+def _upsampled(logits: Tensor, k: int, size: Sequence[int]) -> Tensor:
+    scores = logits[:, k : k + 1].float()
+    return F.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def _overtaken(best: Tensor, scores: Tensor, winner: Tensor, k: int) -> Tensor:
+    winner.masked_fill_(scores > best, k)
+    return torch.maximum(best, scores, out=best)

@@ -1,0 +1,36 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from memory import peak_memory
+
+from transkd.upsampling import upsampled_argmax
+
+
+def plain(logits, size):
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False).argmax(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [(24, 32), (47, 59), (180, 240), (6, 8), (4, 3), (1, 1)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_equal_to_the_plain_way(batch, size, dtype):
+    logits = torch.randn(batch, 7, 6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    classes = upsampled_argmax(logits, size)
+    assert classes.dtype == torch.int64
+    assert torch.equal(classes, plain(logits, size))
+
+
+def test_of_equal_scores_the_first_class():
+    logits = torch.tensor([1.0, 3.0, 3.0, 2.0]).view(1, 4, 1, 1)
+    assert upsampled_argmax(logits, (2, 2)).tolist() == [[[1, 1], [1, 1]]]
+
+
+def test_a_single_class():
+    assert not upsampled_argmax(torch.randn(2, 1, 3, 3), (6, 6)).any()
+
+
+def test_memory():
+    logits = torch.randn(2, 19, 64, 128)
+    assert 4 * peak_memory(lambda: upsampled_argmax(logits, (256, 512))) <= peak_memory(
+        lambda: plain(logits, (256, 512))
+    )
