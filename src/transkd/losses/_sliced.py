@@ -84,8 +84,7 @@ class _Band:
     """Some rows of the labels, and how logits get there: rows first, while they are narrow, then columns."""
 
     def __init__(self, logits: Tensor, size: torch.Size, first: int, last: int) -> None:
-        self.rows, self.size = slice(first, last), size
-        self.resized = logits.shape[-2:] != size
+        self.rows, self.width = slice(first, last), size[1]
         # as F.interpolate does: y + ½ on the one grid is (y + ½) · h / H on the other
         steps = torch.arange(first, last, dtype=logits.dtype, device=logits.device) + 0.5
         centre = (steps * (logits.shape[2] / size[0]) - 0.5).clamp_min(0)
@@ -95,23 +94,16 @@ class _Band:
 
     def narrow(self, logits: Tensor) -> Tensor:
         """The band's rows at the logits' width: [B, K, rows, w]."""
-        if not self.resized:
-            return logits[:, :, self.rows]
         return torch.lerp(logits[:, :, self.above], logits[:, :, self.below], self.share)
 
     def add_rows(self, narrow: Tensor, gradient: Tensor) -> None:
         """The way back from `narrow`: add its gradient to that of the logits."""
-        if not self.resized:
-            gradient[:, :, self.rows] += narrow
-            return
         gradient.index_add_(2, self.above, narrow * (1 - self.share))
         gradient.index_add_(2, self.below, narrow * self.share)
 
     def widened(self, narrow: Tensor) -> Tensor:
         """[B, K, rows, w] to [B, K, rows, W]."""
-        if not self.resized:
-            return narrow.clone()
-        wide = F.interpolate(narrow.flatten(1, 2), size=self.size[1], mode="linear", align_corners=False)
+        wide = F.interpolate(narrow.flatten(1, 2), size=self.width, mode="linear", align_corners=False)
         return wide.view(*narrow.shape[:3], -1)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
@@ -23,7 +24,7 @@ class TaskCrossEntropy(nn.Module):
     there are none, where `torch.nn.functional.cross_entropy` gives NaN.
 
     Logits are upsampled band by band and each band's gradient is taken at once, so that no copy of the logits at
-    the labels' size is made. The value can be differentiated once.
+    the labels' size is made; that value can be differentiated once.
 
     Args:
         class_weights: w, one per class; None weighs all classes alike.
@@ -85,4 +86,14 @@ class TaskCrossEntropy(nn.Module):
         if self.resolution == "logits":
             target = nearest(target, logits.shape[-2:])
         weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights.to(logits)
+        if logits.shape[-2:] == target.shape[-2:]:
+            return _mean_cross_entropy(logits, target, weights, self.ignore_index)
         return sliced_cross_entropy(logits, target, weights, self.ignore_index)
+
+
+def _mean_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor, ignore: int) -> Tensor:
+    ignored = (target == ignore) | (target < 0)
+    total = F.cross_entropy(logits, target.masked_fill(ignored, -100), weights, reduction="sum")
+    mass = weights[target.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
+    # without a valid pixel 0 / tiny is 0, and so is its gradient
+    return total / mass.clamp_min(torch.finfo(logits.dtype).tiny)
