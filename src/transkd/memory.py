@@ -12,8 +12,8 @@ def keep_freed_memory() -> bool:
     """Let the C library keep what tensors free for the next ones, until the process ends.
 
     By itself glibc hands every block above 32 MB back to the system when it is freed, and the system clears its pages
-    again at the next allocation: on a CPU a fifth of a training step at 512×1024 (docs/performance.md). No value
-    changes.
+    again at the next allocation: a tenth to a fifth of a training step on a CPU at 512×1024
+    (docs/performance.md). No value changes.
 
     Returns:
         Whether this C library can be told so; only glibc (Linux) can.
