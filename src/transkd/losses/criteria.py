@@ -3,9 +3,10 @@
 Half-precision inputs are compared in float32; float64 stays float64. The teacher's tensor is a constant.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -65,13 +66,11 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = _comparable(student, teacher)
     difference = student - teacher  # pooling is linear, so pooling the difference once is enough
-    total, weight, divisor = difference.square().mean(), 1.0, 1.0
-    for level in POOLED_LEVELS:
-        if level < min(difference.shape[-2:]):
-            weight /= 2
-            total = total + weight * F.adaptive_avg_pool2d(difference, level).square().mean()
-            divisor += weight
-    return total / divisor
+    maps = [difference, *_pooled(difference)]
+    weights = [0.5**level for level in range(len(maps))]
+    # channels as the last dimension: the gradient is then laid out as the networks' maps are
+    errors = [weight * each.permute(0, 2, 3, 1).square().mean() for weight, each in zip(weights, maps, strict=True)]
+    return torch.stack(errors).sum() / sum(weights)
 
 
 def channel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -162,6 +161,17 @@ def _comparable(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             f"the teacher's {tuple(teacher.shape)}. Give both networks the same images."
         )
     return widen(student), widen(teacher.detach())
+
+
+def _pooled(maps: Tensor) -> Iterator[Tensor]:
+    """Averages of [B, C, H, W] over 4×4, 2×2 and 1×1 windows, as far as they are fewer than the shorter side."""
+    side = min(maps.shape[-2:])
+    even = not any(length % POOLED_LEVELS[0] for length in maps.shape[-2:])
+    for level in POOLED_LEVELS:
+        if level < side:
+            if even:  # windows that do not overlap: a coarser level is the average of the finer one
+                maps = maps.unflatten(3, (level, -1)).unflatten(2, (level, -1)).mean((3, 5))
+            yield maps if even else F.adaptive_avg_pool2d(maps, level)
 
 
 def _kl_sum(student: Tensor, teacher: Tensor, dim: int, temperature: float) -> Tensor:

@@ -11,6 +11,7 @@ from transkd.losses.criteria import mean_squared_error
 from transkd.losses.pea import DEFAULT_STAGE_WEIGHTS
 from transkd.outputs import SegmentationOutput
 from transkd.patch_embedding import OverlapPatchEmbedding, init_vision_weights
+from transkd.token_linear import TokenLinear
 
 __all__ = ["EALoss"]
 
@@ -69,7 +70,7 @@ class EALoss(nn.Module):
         below = (3, *self.student_channels)
         for index, (own, other) in enumerate(zip(self.student_channels, self.teacher_channels, strict=True)):
             kernel_size, stride = (7, 4) if index == 0 else (3, 2)
-            self.projections[str(index + 1)] = nn.Linear(own, other)
+            self.projections[str(index + 1)] = TokenLinear(own, other)
             self.assistants[str(index + 1)] = OverlapPatchEmbedding(below[index], other, kernel_size, stride)
         self.assistants.apply(init_vision_weights)
         self.student_share = nn.Parameter(torch.arange(1, count + 1) / 10)  # u = 0.1, 0.2, …

@@ -10,6 +10,7 @@ from transkd.errors import UserError
 from transkd.losses._checks import paired_channels, stage_pairs
 from transkd.losses.criteria import mean_squared_error
 from transkd.outputs import SegmentationOutput
+from transkd.token_linear import TokenLinear
 
 __all__ = ["GLMixerLoss"]
 
@@ -59,14 +60,14 @@ class GLMixerLoss(nn.Module):
         self.student_channels, self.teacher_channels = paired_channels(self, student_channels, teacher_channels)
         self.stage, self.num_heads, self.residual = stage, num_heads, residual
         channels = _mixed_channels(self.student_channels, stage, num_heads)
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = TokenLinear(channels, 3 * channels, bias=False)
+        self.proj = TokenLinear(channels, channels)
         self.value = nn.Conv1d(channels, channels, 3, padding=1)
         self.gate = nn.Conv1d(channels, channels, 3, padding=1)
         # one element, not a scalar: sharded training cannot shard parameters without dimensions
         self.alpha = nn.Parameter(torch.full((1,), 0.5))
         self.beta = nn.Parameter(torch.full((1,), 0.5))
-        self.projection = nn.Linear(channels, self.teacher_channels[stage - 1])
+        self.projection = TokenLinear(channels, self.teacher_channels[stage - 1])
 
     def forward(
         self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None

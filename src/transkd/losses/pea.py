@@ -9,6 +9,7 @@ from transkd.errors import UserError
 from transkd.losses._checks import paired_channels, stage_pairs
 from transkd.losses.criteria import mean_squared_error
 from transkd.outputs import SegmentationOutput
+from transkd.token_linear import TokenLinear
 
 __all__ = ["DEFAULT_STAGE_WEIGHTS", "PEALoss"]
 
@@ -59,7 +60,7 @@ class PEALoss(nn.Module):
         self.stage_weights = _weights_by_stage(stages, stage_weights, len(self.student_channels))
         self.projections = nn.ModuleDict(
             {
-                str(stage): nn.Linear(self.student_channels[stage - 1], self.teacher_channels[stage - 1])
+                str(stage): TokenLinear(self.student_channels[stage - 1], self.teacher_channels[stage - 1])
                 for stage in self.stage_weights
             }
         )

@@ -9,6 +9,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from transkd.errors import UserError
+from transkd.token_linear import token_linear
 
 __all__ = ["LoRALinear", "add_lora", "fold_lora", "merge_lora"]
 
@@ -61,8 +62,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer with its low-rank term."""
         parts, rank, _ = self.lora_a.shape
-        low = F.linear(x, self.lora_a.flatten(0, 1)).view(*x.shape[:-1], parts, rank)
-        return F.linear(x, self.weight, self.bias) + torch.einsum("...pr,por->...po", low, self.lora_b).flatten(-2)
+        low = token_linear(x, self.lora_a.flatten(0, 1)).view(*x.shape[:-1], parts, rank)
+        return token_linear(x, self.weight, self.bias) + torch.einsum("...pr,por->...po", low, self.lora_b).flatten(-2)
 
     def merge(self) -> nn.Linear:
         """A plain layer of the same output, its weight ``W + B·A``; it can be trained."""

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transkd.errors import UserError
 from transkd.models.mit import to_tokens
 from transkd.patch_embedding import OverlapPatchEmbedding, init_vision_weights
+from transkd.token_linear import TokenLinear
 
 __all__ = ["LiteVisionTransformer"]
 
@@ -44,9 +45,9 @@ class ConvolutionalAttention(nn.Module):
         self.heads = heads
         self.scale = (channels // heads) ** -0.5
         positions = self.KERNEL**2
-        self.logits = nn.Linear(channels, heads * positions**2)
+        self.logits = TokenLinear(channels, heads * positions**2)
         self.value = nn.Conv2d(positions * channels, positions * channels, 1, groups=positions, bias=False)
-        self.proj = nn.Linear(channels, channels)
+        self.proj = TokenLinear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] to map [B, H, W, C]; L windows inside, D = C / heads."""
@@ -79,10 +80,10 @@ class AtrousAttention(nn.Module):
     def __init__(self, channels: int, heads: int, reduction: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(channels, channels, bias=False)
+        self.q = TokenLinear(channels, channels, bias=False)
         self.atrous = nn.Conv2d(channels, channels, 3, groups=channels, bias=False)
-        self.kv = nn.Linear(channels, 2 * channels, bias=False)
-        self.proj = nn.Linear(channels, channels)
+        self.kv = TokenLinear(channels, 2 * channels, bias=False)
+        self.proj = TokenLinear(channels, channels)
         self.reduction = reduction
         if reduction > 1:
             self.sr = nn.Conv2d(channels, channels, reduction, stride=reduction)
@@ -112,8 +113,8 @@ class MLP(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
+        self.fc1 = TokenLinear(channels, hidden)
+        self.fc2 = TokenLinear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] to map [B, H, W, C]."""

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from transkd.errors import UserError
 from transkd.patch_embedding import OverlapPatchEmbedding, init_vision_weights
+from transkd.token_linear import TokenLinear
 
 __all__ = ["MixTransformer"]
 
@@ -27,23 +28,15 @@ def to_tokens(feature_map: Tensor) -> Tensor:
     return feature_map.flatten(2).transpose(1, 2)
 
 
-def pointwise(layer: nn.Module, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A linear layer of tokens [B, N, C]; on a CPU as a 1×1 convolution, whose bias costs no pass over the output."""
-    if type(layer) is not nn.Linear or tokens.device.type != "cpu":
-        applied: Tensor = layer(tokens)
-        return applied
-    return to_tokens(F.conv2d(to_map(tokens, grid), layer.weight[:, :, None, None], layer.bias))
-
-
 class EfficientAttention(nn.Module):
     """Multi-head self-attention, keys and values from a map shrunk by ``reduction`` (arXiv 2105.15203, 3.1)."""
 
     def __init__(self, channels: int, heads: int, reduction: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(channels, channels)
-        self.kv = nn.Linear(channels, 2 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.q = TokenLinear(channels, channels)
+        self.kv = TokenLinear(channels, 2 * channels)
+        self.proj = TokenLinear(channels, channels)
         self.reduction = reduction
         if reduction > 1:
             self.sr = nn.Conv2d(channels, channels, reduction, stride=reduction)
@@ -77,14 +70,13 @@ class MixFFN(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, hidden)
+        self.fc1 = TokenLinear(channels, hidden)
         self.dwconv = DepthwiseConv(hidden)
-        self.fc2 = nn.Linear(hidden, channels)
+        self.fc2 = TokenLinear(hidden, channels)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [B, N, C] to tokens [B, N, C]."""
-        hidden = F.gelu(self.dwconv(pointwise(self.fc1, tokens, grid), grid))
-        return pointwise(self.fc2, hidden, grid)
+        return self.fc2(F.gelu(self.dwconv(self.fc1(tokens), grid)))
 
 
 class Block(nn.Module):
