@@ -67,7 +67,7 @@ def batch(seed=0):
 def eager_backend(monkeypatch):
     """Compile without generating code; a graph break is an error."""
     plain = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module: plain(module, backend="eager", fullgraph=True))
+    monkeypatch.setattr(nn.Module, "compile", lambda module, mode: plain(module, backend="eager", fullgraph=True))
     yield
     torch.compiler.reset()
 
@@ -140,7 +140,7 @@ def test_names_and_copies_stay_plain(eager_backend):
 
 
 def test_without_a_compiler_the_run_stops_at_once(tmp_path, monkeypatch):
-    def fails(function):
+    def fails(function, mode):
         raise RuntimeError("Failed to find C++ compiler\nmore of it")
 
     monkeypatch.setattr(torch, "compile", fails)
@@ -149,6 +149,12 @@ def test_without_a_compiler_the_run_stops_at_once(tmp_path, monkeypatch):
     assert list((tmp_path / "run").iterdir()) == []
     with pytest.raises(UserError, match="triton"):
         check_compiler(torch.device("cuda"))
+
+
+def test_an_unknown_mode_stops_the_run_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"compile=fastest: expected true, false or a mode .*reduce-overhead"):
+        run(composed(tmp_path, "run", "compile=fastest"))
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.slow

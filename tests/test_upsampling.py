@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from memory import peak_memory
 
-from transkd.upsampling import upsampled_argmax
+from transkd.upsampling import upsampled, upsampled_argmax
 
 
 def plain(logits, size):
@@ -34,3 +34,20 @@ def test_memory():
     assert 4 * peak_memory(lambda: upsampled_argmax(logits, (256, 512))) <= peak_memory(
         lambda: plain(logits, (256, 512))
     )
+
+
+@pytest.mark.parametrize("size", [(12, 16), (11, 17), (6, 8)])
+def test_maps_and_their_gradient_are_those_of_interpolate_compiled_too(size):
+    upstream = torch.rand(2, 5, *size)
+
+    def outcome(function):
+        maps = torch.rand(2, 5, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        grown = function(maps, size)
+        grown.backward(upstream)
+        return grown, maps.grad
+
+    expected = outcome(lambda maps, size: F.interpolate(maps, size=size, mode="bilinear", align_corners=False))
+    compiled = torch.compile(upsampled, backend="aot_eager", fullgraph=True)
+    for function in (upsampled, compiled):
+        torch.testing.assert_close(outcome(function), expected, rtol=1e-6, atol=1e-6)
+    torch.compiler.reset()

@@ -219,7 +219,7 @@ def forward(args: argparse.Namespace) -> None:
     best = best_of_ours([alternative.name for alternative in alternatives])
     if args.compile:
         chosen = next(alternative for alternative in alternatives if alternative.name == best)
-        logits = torch.compile(chosen.logits)
+        logits = torch.compile(chosen.logits, mode=args.compile)
         alternatives.append(Alternative(best + measure.COMPILED, chosen.module, logits))
     image = torch.randn(args.batch, 3, *args.size)
     with torch.inference_mode():

@@ -292,7 +292,13 @@ def options(rounds: int = 10) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--compile", action="store_true", help="also measure ours under torch.compile")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        metavar="MODE",
+        help="also measure ours under torch.compile, such as reduce-overhead (CUDA graphs)",
+    )
     parser.add_argument("--keep-memory", action="store_true", help="of the C library, as transkd.train does (Linux)")
     parser.add_argument("--json", type=Path, help="write everything there too")
     return parser

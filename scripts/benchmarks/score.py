@@ -21,9 +21,9 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5  # relative
 class OurCrossEntropy:
     """Value and gradient of transkd's own."""
 
-    def __init__(self, compiled: bool = False) -> None:
+    def __init__(self, compiled: str | None = None) -> None:
         term = TaskCrossEntropy(resolution="labels")
-        self.term = torch.compile(term) if compiled else term
+        self.term = torch.compile(term, mode=compiled) if compiled else term
 
     def __call__(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and its gradient on the logits."""
@@ -95,7 +95,7 @@ def score(args: argparse.Namespace) -> None:
 
     losses = {"ours": OurCrossEntropy(), "plain": plain_cross_entropy}
     if args.compile:
-        losses["ours" + measure.COMPILED] = OurCrossEntropy(compiled=True)
+        losses["ours" + measure.COMPILED] = OurCrossEntropy(compiled=args.compile)
     scores = {"ours": our_confusion, "plain": plain_confusion}
     costs = []
     for what, functions in (("cross-entropy", losses), ("scoring", scores)):

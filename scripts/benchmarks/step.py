@@ -36,7 +36,7 @@ def step(args: argparse.Namespace) -> None:
     shape = f"{args.batch}×3×{args.size[0]}×{args.size[1]}"
     if args.sizes or args.batches:
         shape = f"{args.batch} images" if args.sizes else f"3×{args.size[0]}×{args.size[1]}"
-        tables = sweep(args, Step(*presets.values(), compiled=args.compile, dtype=dtype), found)
+        tables = sweep(args, *presets.values(), dtype, found)
     else:
         tables = beside(args, presets, found, dtype)
     if args.profile:
@@ -91,7 +91,7 @@ def beside(
 # Sweeps
 
 
-def sweep(args: argparse.Namespace, ours: Step, found: dict[str, Any]) -> list[str]:
+def sweep(args: argparse.Namespace, parts: Parts, dtype: torch.dtype, found: dict[str, Any]) -> list[str]:
     """A row for every size or batch, and how the cost grows with the pixels."""
     device = torch.device(args.device)
     sizes = args.sizes or [tuple(args.size)]
@@ -101,8 +101,8 @@ def sweep(args: argparse.Namespace, ours: Step, found: dict[str, Any]) -> list[s
         for size in sizes
         for batch in batches
     }
+    ours, eager = Step(parts, compiled=args.compile, dtype=dtype), Step(parts, dtype=dtype)
     runs = {name: lambda pair=pair: ours(*pair) for name, pair in inputs.items()}
-    eager = Step(ours.parts, dtype=ours.dtype)
     arithmetic = {name: lambda pair=pair: eager(*pair) for name, pair in inputs.items()}
     costs = measure.measure_costs(runs, args, arithmetic=arithmetic)
     pixels = [target.numel() for _, target in inputs.values()]

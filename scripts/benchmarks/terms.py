@@ -113,7 +113,8 @@ def measure_terms(chosen: Mapping[str, Term], args: argparse.Namespace, dtype: t
     runs |= {name: learning(term.module, term.pair, device, dtype) for name, term in chosen.items()}
     if args.compile:
         for name, term in chosen.items():
-            runs[name + measure.COMPILED] = learning(torch.compile(term.module), term.pair, device, dtype)
+            compiled = torch.compile(term.module, mode=args.compile)
+            runs[name + measure.COMPILED] = learning(compiled, term.pair, device, dtype)
     return measure.measure_costs(runs, args, memory=measure.peak_allocated_mb)
 
 

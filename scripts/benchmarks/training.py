@@ -22,16 +22,20 @@ from torch.optim import Optimizer
 from benchmarks import measure
 from benchmarks.forward import draw_out, explicit_attention, roughen
 from transkd.cli import CONF, explain
+from transkd.compiling import compile_in_place
 from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.models import FrozenTeacher, Network, SegformerHead, Segmenter
 from transkd.outputs import EVERYTHING, SegmentationOutput
 from transkd.run import build_criterion, build_student
+from transkd.token_linear import TokenLinear
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative
+# of compiled steps, compared as they are timed: TensorFloat-32 or bfloat16, sums in another order
+COMPILED_TOLERANCE = {torch.float32: (1e-3, 2e-2), torch.bfloat16: (1e-2, 1e-1)}
 CORNER = (256, 512)  # of at most two images, on which gradients are compared
 
-CHOICES = ("teacher-graph", "unfolded", "explicit-attention")
+CHOICES = ("teacher-graph", "unfolded", "explicit-attention", "plain-linear")
 AGAINST = {"drawn-out": CHOICES, **{choice: (choice,) for choice in CHOICES}}
 """What ``--against`` names, and the choices that it stands for."""
 
@@ -143,8 +147,9 @@ class Step:
         parts: shared by the alternatives, which therefore have the same weights.
         choices: of ``CHOICES``; without any it is what ``transkd.distiller`` does. ``teacher-graph`` neither freezes
             the teacher nor spares its head, and backward goes through it; ``unfolded`` draws out both decode heads;
-            ``explicit-attention`` holds each attention matrix in memory.
-        compiled: networks and criterion under ``torch.compile``.
+            ``explicit-attention`` holds each attention matrix in memory; ``plain-linear`` is ``F.linear`` everywhere.
+        compiled: the mode of ``torch.compile`` in which networks and terms are compiled, as ``transkd.train`` does it,
+            in a copy of the parts; None for none.
         dtype: bfloat16 computes the step under autocast; the weights stay as they are.
     """
 
@@ -152,10 +157,11 @@ class Step:
         self,
         parts: Parts,
         choices: Collection[str] = (),
-        compiled: bool = False,
+        compiled: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.parts, self.choices, self.dtype = parts, frozenset(choices), dtype
+        parts = copy.deepcopy(parts) if compiled else parts
+        self.parts, self.choices, self.dtype, self.compiled = parts, frozenset(choices), dtype, compiled
         student: nn.Module = parts.student
         teacher: nn.Module | None = parts.teacher
         if teacher is not None and "teacher-graph" in choices:
@@ -164,8 +170,7 @@ class Step:
             student, teacher = Unfolded(student), teacher and Unfolded(teacher)
         self.student, self.criterion = student, parts.criterion
         if compiled:
-            self.student, self.criterion = torch.compile(student), torch.compile(parts.criterion)
-            teacher = teacher and torch.compile(teacher)
+            compile_in_place(*filter(None, (student, teacher, *parts.criterion.terms.values())), mode=compiled)
         graph = teacher is None or "teacher-graph" in choices
         self.teacher = teacher if graph else FrozenTeacher(teacher)
 
@@ -179,6 +184,10 @@ class Step:
         with contextlib.ExitStack() as stack:
             if autocast and self.dtype != torch.float32:
                 stack.enter_context(torch.autocast(image.device.type, self.dtype))
+            if self.compiled:
+                torch.compiler.cudagraph_mark_step_begin()
+            if "plain-linear" in self.choices:
+                stack.enter_context(mock.patch.object(TokenLinear, "forward", nn.Linear.forward))
             if "explicit-attention" in self.choices:
                 stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", explicit_attention))
             student = self.student(image)
@@ -210,13 +219,14 @@ class Step:
         """Student, criterion and, where there is one, teacher."""
         return [module for module in (self.student, self.criterion, self.teacher) if module is not None]
 
-    def gradients(self, image: Tensor, target: Tensor) -> list[Tensor]:
-        """Of everything that is trained, without autocast."""
-        self.backward(self.loss(image, target, autocast=False))
+    def gradients(self, image: Tensor, target: Tensor, autocast: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and the gradients of everything that is trained."""
+        loss = self.loss(image, target, autocast)
+        self.backward(loss)
         found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parts.trained()]
         for module in self.modules():
             module.zero_grad()
-        return found
+        return loss.detach().clone(), found
 
     @contextlib.contextmanager
     def repeatable(self, dtype: torch.dtype) -> Iterator[None]:
@@ -233,13 +243,13 @@ class Step:
             self.parts.criterion.load_state_dict(state)
 
 
-def build_steps(parts: Parts, against: Sequence[str], compiled: bool, dtype: torch.dtype) -> dict[str, Step]:
+def build_steps(parts: Parts, against: Sequence[str], compiled: str | None, dtype: torch.dtype) -> dict[str, Step]:
     """Ours first, then the alternatives by name."""
     for choice in (choice for name in against for choice in AGAINST[name]):
         check_choice(parts, choice)
     steps = {"ours": Step(parts, dtype=dtype)}
     if compiled:
-        steps["ours" + measure.COMPILED] = Step(parts, compiled=True, dtype=dtype)
+        steps["ours" + measure.COMPILED] = Step(parts, compiled=compiled, dtype=dtype)
     return steps | {name: Step(parts, AGAINST[name], dtype=dtype) for name in against}
 
 
@@ -253,47 +263,69 @@ def check_choice(parts: Parts, choice: str) -> None:
         raise UserError("--against teacher-graph, drawn-out: without distillation there is no teacher")
 
 
+Outcome = tuple[Tensor, list[Tensor]]
+"""Of a step: its loss and its gradients."""
+
+
 class Difference(NamedTuple):
     """Between a step and ours, relative."""
 
-    loss: float  # in float32, as it is timed
-    gradient: float  # of all gradients together, by their norm; in float64, on a corner of the images
+    loss: float
+    gradient: float  # of all gradients together, by their norm
 
 
 def compare(steps: Mapping[str, Step], image: Tensor, target: Tensor) -> dict[str, Difference]:
     """How far each step is from the first.
 
     Gradients are compared in float64: in float32 the rounding decides on which side of its kink one ReLU in a million
-    falls, and on drawn images and labels, whose gradients cancel, that alone is up to 1e-3 of their norm.
+    falls, and on drawn images and labels, whose gradients cancel, that alone is up to 1e-3 of their norm. A compiled
+    step is compared with ours as both are timed: it would be compiled anew for another type or size.
 
     Raises:
         UserError: one is further away than rounding explains, so that its time would mean nothing.
     """
     height, width = CORNER
     corner, its_target = image[:2, :, :height, :width].double() / 255, target[:2, :height, :width]
-    expected: tuple[Tensor, list[Tensor]] | None = None
-    found = {}
-    for name, step in steps.items():
+
+    def exactly(step: Step) -> Outcome:
         with exact_products(), step.repeatable(torch.float32):
             loss = step.loss(image, target, autocast=False).detach()
         with step.repeatable(torch.float64):
-            gradients = step.gradients(corner, its_target)
-        expected = expected or (loss, gradients)
-        found[name] = Difference(
-            ((loss - expected[0]).abs() / expected[0].abs()).item(),
-            (distance(gradients, expected[1]) / norm(expected[1])).item(),
-        )
-        check_difference(name, found[name])
+            return loss, step.gradients(corner, its_target)[1]
+
+    def as_timed(step: Step) -> Outcome:
+        with step.repeatable(torch.float32):
+            return step.gradients(image, target, autocast=True)
+
+    ours, *others = steps
+    exact = exactly(steps[ours])
+    found = {ours: Difference(0.0, 0.0)}
+    for name in others:
+        step = steps[name]
+        if step.compiled:
+            found[name] = difference(as_timed(step), as_timed(steps[ours]))
+            check_difference(name, found[name], *COMPILED_TOLERANCE[step.dtype])
+        else:
+            found[name] = difference(exactly(step), exact)
+            check_difference(name, found[name])
     return found
 
 
-def check_difference(name: str, difference: Difference) -> None:
+def difference(found: Outcome, expected: Outcome) -> Difference:
+    """Of loss and gradients, relative to what is expected."""
+    loss = (found[0] - expected[0]).abs() / expected[0].abs()
+    return Difference(loss.item(), (distance(found[1], expected[1]) / norm(expected[1])).item())
+
+
+def check_difference(
+    name: str, difference: Difference, loss: float = LOSS_TOLERANCE, gradient: float = GRADIENT_TOLERANCE
+) -> None:
     """Refuse what does not compute the same."""
-    if not (difference.loss <= LOSS_TOLERANCE and difference.gradient <= GRADIENT_TOLERANCE):
+    if not (difference.loss <= loss and difference.gradient <= gradient):
         raise UserError(
             f"{name} does not compute the same step: its loss is {difference.loss:.1e} away from ours and its "
-            f"gradients {difference.gradient:.1e} (relative), expected at most {LOSS_TOLERANCE:.0e} and "
-            f"{GRADIENT_TOLERANCE:.0e}; nothing was timed"
+            f"gradients {difference.gradient:.1e} (relative), expected at most {loss:.0e} and {gradient:.0e}; nothing "
+            "was timed"
         )
 
 

@@ -35,6 +35,7 @@ class Distiller(L.LightningModule):
         gradients_every: steps between two looks at each term's gradient (``gradient_statistics``); 0: none.
         seed: dropout and stochastic depth of epoch e depend on seed and e alone, so that a resumed run repeats them.
         channels_last: whether the networks get their images in that memory format; their weights are the caller's.
+        compiled: whether networks and terms are; CUDA graphs of theirs must know where a step begins.
         notes: kept in every checkpoint beside the student's description (the teacher's path and hash).
     """
 
@@ -52,6 +53,7 @@ class Distiller(L.LightningModule):
         gradients_every: int = 0,
         seed: int = 0,
         channels_last: bool = False,
+        compiled: bool = False,
         notes: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -61,6 +63,7 @@ class Distiller(L.LightningModule):
         self.classes = classes
         self.optimizer, self.scheduler, self.interval, self.horizon = optimizer, scheduler, interval, horizon
         self.gradients_every, self.seed = gradients_every, seed
+        self.compiled = compiled
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.notes = notes or {}
         self.score = SegmentationScore(student.num_classes, protocol)
@@ -68,6 +71,8 @@ class Distiller(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step of distillation."""
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         image, target, *names = batch
         image = image.to(memory_format=self.memory_format)
         if self.criterion.schedules:

@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> None:
     if cfg.keep_freed_memory:
         keep_freed_memory()
     if cfg.compile:
-        check_compiler(training_device(cfg))
+        check_compiler(training_device(cfg), compile_mode(cfg))
     L.seed_everything(cfg.seed, verbose=False)
 
     data: SegmentationDataModule = instantiate(cfg.data)
@@ -174,12 +174,17 @@ def set_memory_format(cfg: DictConfig, *networks: Network | None) -> None:
             network.to(memory_format=torch.channels_last)
 
 
+def compile_mode(cfg: DictConfig) -> str:
+    """The mode of ``torch.compile``; ``compile=true`` is its default one."""
+    return "default" if cfg.compile is True else str(cfg.compile)
+
+
 def compile_parts(cfg: DictConfig, criterion: Criterion, *networks: Network | None) -> None:
     """Where that is asked for, compile networks and terms; weights and schedules stay plain Python."""
     if cfg.compile:
         parts = (*networks, *criterion.terms.values())
         looks_back = bool(cfg.gradients_every or criterion.shares)
-        compile_in_place(*(part for part in parts if part is not None), keep_graph=looks_back)
+        compile_in_place(*filter(None, parts), mode=compile_mode(cfg), keep_graph=looks_back)
 
 
 def training_device(cfg: DictConfig) -> torch.device:
@@ -231,6 +236,7 @@ def training_settings(cfg: DictConfig) -> dict[str, Any]:
         "gradients_every": cfg.gradients_every,
         "seed": cfg.seed,
         "channels_last": cfg.channels_last,
+        "compiled": bool(cfg.compile),
     }
 
 

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 __all__ = ["TokenLinear", "token_linear"]
 
+ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
 
 def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``, on a CPU as a 1×1 convolution over an image of one row.
@@ -25,8 +27,7 @@ def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         >>> token_linear(torch.ones(2, 3, 4), torch.full((5, 4), 0.5), torch.ones(5)).unique()
         tensor([3.])
     """
-    by_onednn = x.device.type == "cpu" and x.dtype != torch.float64 and torch.backends.mkldnn.is_available()
-    if not by_onednn or x.numel() == 0:
+    if not ONEDNN or x.device.type != "cpu" or x.dtype == torch.float64 or x.numel() == 0:
         return F.linear(x, weight, bias)
     row = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, in, 1, tokens], channels-last
     return F.conv2d(row, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)

@@ -1,12 +1,37 @@
-"""Class ids at another size than the logits', without logits of that size."""
+"""Maps and class ids at another size, the latter without logits of that size."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["upsampled_argmax"]
+__all__ = ["upsampled", "upsampled_argmax"]
+
+
+def upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps [B, C, h, w] brought to a size (H, W) bilinearly (align_corners=False).
+
+    ``F.interpolate``, also under ``torch.compile``, whose own code for its gradient adds up pixel by pixel and takes
+    several times as long on a GPU.
+    """
+    if torch.compiler.is_dynamo_compiling() and maps.requires_grad:
+        result: Tensor = _Upsampled.apply(maps, size)
+        return result
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class _Upsampled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, size: Sequence[int]) -> Tensor:
+        ctx.shape, ctx.size = maps.shape, size
+        return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        grown = torch.ops.aten.upsample_bilinear2d_backward(gradient, ctx.size, ctx.shape, False, None, None)
+        return grown, None
 
 
 @torch.no_grad()

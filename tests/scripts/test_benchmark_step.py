@@ -114,7 +114,7 @@ def test_report_and_json(tmp_path, capsys):
 
 
 def test_several_presets_and_compiled(monkeypatch, capsys):
-    monkeypatch.setattr(torch, "compile", lambda module: module)
+    monkeypatch.setattr(torch, "compile", lambda function, mode: function)
     run("--distill", "none", "kd", "--compile")
     lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
     assert lines[2:] == ["none: ours", "none: ours, compiled", "kd: ours", "kd: ours, compiled"]

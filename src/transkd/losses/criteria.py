@@ -170,7 +170,9 @@ def _pooled(maps: Tensor) -> Iterator[Tensor]:
     for level in POOLED_LEVELS:
         if level < side:
             if even:  # windows that do not overlap: a coarser level is the average of the finer one
-                maps = maps.unflatten(3, (level, -1)).unflatten(2, (level, -1)).mean((3, 5))
+                batch, channels, height, width = maps.shape
+                windows = maps.reshape(batch, channels, level, height // level, level, width // level)
+                maps = windows.mean((3, 5))
             yield maps if even else F.adaptive_avg_pool2d(maps, level)
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transkd.upsampling import upsampled
+
 __all__ = ["FusedSegformerHead", "SegformerHead"]
 
 
@@ -130,5 +132,5 @@ def _upsampled_sum(maps: Sequence[Tensor]) -> Tensor:
     """Σ of maps, each brought to the size of the first, which is overwritten: the largest maps of the network."""
     total = maps[0]
     for smaller in maps[1:]:
-        total += F.interpolate(smaller, size=total.shape[-2:], mode="bilinear", align_corners=False)
+        total += upsampled(smaller, total.shape[-2:])
     return total

@@ -4,7 +4,6 @@ import math
 from collections.abc import Collection, Mapping
 
 import torch
-import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
