@@ -2,39 +2,22 @@
 
 import json
 import sys
-from pathlib import Path
 
+import benchmark
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import benchmark
+from benchmark_runs import KEYS, one_line_error
 from benchmarks import forward, measure
+from torch import nn
 
 from transkd.errors import UserError
 
 SIZE = (64, 96)
-KEYS = {"command", "date", "settings", "machine", "matmul_gflop_per_s", "rows"}
-
-
-@pytest.fixture(autouse=True)
-def _few_operations(monkeypatch):
-    monkeypatch.setattr(measure, "matmul_gflop_per_s", lambda device, dtype, calm: 1.0)
 
 
 def run(*arguments):
     """One measurement at a tiny size, on one thread as the other tests."""
     benchmark.main(["forward", "--size", *map(str, SIZE), "--rounds", "1", "--threads", "1", *map(str, arguments)])
-
-
-def one_line_error(*arguments):
-    with pytest.raises(SystemExit) as caught:
-        run(*arguments)
-    text = str(caught.value)
-    assert text.startswith("error: ")
-    assert "\n" not in text
-    return text
 
 
 @torch.no_grad()
@@ -132,19 +115,19 @@ def test_a_network_without_a_fused_form_is_compared_with_itself(capsys):
 )
 def test_a_missing_library_is_one_line(against, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    assert f"--against {against} needs the package {module}" in one_line_error("--against", against)
+    assert f"--against {against} needs the package {module}" in one_line_error(run, "--against", against)
 
 
 def test_other_mistakes_are_one_line(monkeypatch):
-    assert "unknown network 'segformer_b9'" in one_line_error("--network", "segformer_b9")
-    assert "pvt_v2_b0 has no SegFormer head" in one_line_error("--network", "pvt_v2_b0", "--against", "drawn-out")
+    assert "unknown network 'segformer_b9'" in one_line_error(run, "--network", "segformer_b9")
+    assert "pvt_v2_b0 has no SegFormer head" in one_line_error(run, "--network", "pvt_v2_b0", "--against", "drawn-out")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device cuda" in one_line_error("--device", "cuda")
+    assert "--device cuda" in one_line_error(run, "--device", "cuda")
 
 
 def test_libraries_have_segformers_alone():
     pytest.importorskip("transformers")
-    assert "has no pvt_v2_b0" in one_line_error("--network", "pvt_v2_b0", "--against", "transformers")
+    assert "has no pvt_v2_b0" in one_line_error(run, "--network", "pvt_v2_b0", "--against", "transformers")
 
 
 def test_turns():
@@ -185,7 +168,7 @@ def test_own_time_is_nobody_elses():
 
 def test_calm_needs_linux(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "STAT", tmp_path / "stat")
-    assert "--calm reads" in one_line_error("--calm")
+    assert "--calm reads" in one_line_error(run, "--calm")
 
 
 def test_gflop_by_hand():

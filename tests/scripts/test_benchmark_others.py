@@ -1,23 +1,13 @@
 """The subcommands terms, score and loader: what they compare is the same, and their reports; nothing here is timed."""
 
 import json
-import sys
-from pathlib import Path
 
+import benchmark
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import benchmark
+from benchmark_runs import KEYS, one_line_error
 from benchmarks import measure, score, terms
-
-KEYS = {"command", "date", "settings", "machine", "matmul_gflop_per_s", "rows"}
-
-
-@pytest.fixture(autouse=True)
-def _few_operations(monkeypatch):
-    monkeypatch.setattr(measure, "matmul_gflop_per_s", lambda device, dtype, calm: 1.0)
+from torch import nn
 
 
 def run(tmp_path, *arguments):
@@ -25,15 +15,6 @@ def run(tmp_path, *arguments):
     file = tmp_path / "found.json"
     benchmark.main([*map(str, arguments), "--rounds", "1", "--threads", "1", "--json", str(file)])
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def one_line_error(tmp_path, *arguments):
-    with pytest.raises(SystemExit) as caught:
-        run(tmp_path, *arguments)
-    text = str(caught.value)
-    assert text.startswith("error: ")
-    assert "\n" not in text
-    return text
 
 
 def test_terms(tmp_path, capsys):
@@ -83,9 +64,9 @@ def test_score_compares_the_same_in_float64():
 def test_what_scores_otherwise_is_refused(tmp_path, monkeypatch):
     right = score.plain_confusion
     monkeypatch.setattr(score, "plain_confusion", lambda logits, target: right(logits, target).T + 1)
-    assert "confusion matrices differ" in one_line_error(tmp_path, "score", "--size", 32, 32)
+    assert "confusion matrices differ" in one_line_error(run, tmp_path, "score", "--size", 32, 32)
     monkeypatch.setattr(score, "plain_cross_entropy", lambda logits, target: (logits.mean(), logits))
-    assert "the cross-entropies differ" in one_line_error(tmp_path, "score", "--size", 32, 32)
+    assert "the cross-entropies differ" in one_line_error(run, tmp_path, "score", "--size", 32, 32)
 
 
 LOADER = ("loader", "--teacher", "segformer_b0", "--distill", "kd", "--data", "synthetic", "--frame", 96, 192)
@@ -105,7 +86,7 @@ def test_loader(tmp_path, capsys):
 
 
 def test_loader_mistakes_are_one_line(tmp_path):
-    assert "no ACDC images" in one_line_error(tmp_path, *LOADER, "--root", tmp_path)
-    assert "--workers" in one_line_error(tmp_path, *LOADER, "--workers", -1)
-    assert "does not fill a batch" in one_line_error(tmp_path, *LOADER, "--images", 1)
-    assert "unknown data" in one_line_error(tmp_path, *LOADER, "--data", "nothing")
+    assert "no ACDC images" in one_line_error(run, tmp_path, *LOADER, "--root", tmp_path)
+    assert "--workers" in one_line_error(run, tmp_path, *LOADER, "--workers", -1)
+    assert "does not fill a batch" in one_line_error(run, tmp_path, *LOADER, "--images", 1)
+    assert "unknown data" in one_line_error(run, tmp_path, *LOADER, "--data", "nothing")

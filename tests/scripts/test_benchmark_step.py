@@ -2,28 +2,23 @@
 
 import json
 import math
-import sys
 from argparse import Namespace
-from pathlib import Path
 
+import benchmark
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import benchmark
+from benchmark_runs import KEYS, one_line_error
 from benchmarks import measure, step, training
 
 from transkd.errors import UserError
 
 CPU = torch.device("cpu")
-KEYS = {"command", "date", "settings", "machine", "matmul_gflop_per_s", "rows"}
 NETWORKS = ("--teacher", "segformer_b0", "--student", "segformer_b0")
 
 
 @pytest.fixture(autouse=True)
-def _few_operations(monkeypatch):
-    monkeypatch.setattr(measure, "matmul_gflop_per_s", lambda device, dtype, calm: 1.0)
+def _no_profiler(monkeypatch):
     monkeypatch.setattr(measure, "operator_shares", lambda run, device: {"mm": 0.75, "add": 0.25})
 
 
@@ -35,15 +30,6 @@ def parts(distill="transkd_base"):
 def run(*arguments):
     size = () if "--sizes" in arguments else ("--size", "32", "64")
     benchmark.main(["step", *NETWORKS, *size, "--rounds", "1", "--threads", "1", *map(str, arguments)])
-
-
-def one_line_error(*arguments):
-    with pytest.raises(SystemExit) as caught:
-        run(*arguments)
-    text = str(caught.value)
-    assert text.startswith("error: ")
-    assert "\n" not in text
-    return text
 
 
 @pytest.mark.parametrize("distill", ["transkd_base", "kd"])
@@ -87,7 +73,7 @@ def test_explicit_attention_is_attention_and_is_put_back():
 
 def test_a_wrong_alternative_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(training, "explicit_attention", lambda query, key, value: 0 * query)
-    assert "explicit-attention does not compute the same step" in one_line_error("--against", "explicit-attention")
+    assert "explicit-attention does not compute the same step" in one_line_error(run, "--against", "explicit-attention")
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match="nothing was timed"):
         training.check_difference("x", training.Difference(math.nan, 0.0))
@@ -134,10 +120,10 @@ def test_exponent_by_hand():
 
 
 def test_mistakes_are_one_line():
-    assert "unknown distill distill/nothing" in one_line_error("--distill", "nothing")
-    assert "there is no teacher" in one_line_error("--distill", "none", "--against", "teacher-graph")
-    assert "no SegFormer head" in one_line_error("--student", "pvt_v2_b0", "--against", "unfolded")
-    assert "ours alone" in one_line_error("--batches", "1", "2", "--against", "unfolded")
-    assert "--rounds" in one_line_error("--rounds", "0")
+    assert "unknown distill distill/nothing" in one_line_error(run, "--distill", "nothing")
+    assert "there is no teacher" in one_line_error(run, "--distill", "none", "--against", "teacher-graph")
+    assert "no SegFormer head" in one_line_error(run, "--student", "pvt_v2_b0", "--against", "unfolded")
+    assert "ours alone" in one_line_error(run, "--batches", "1", "2", "--against", "unfolded")
+    assert "--rounds" in one_line_error(run, "--rounds", "0")
     with pytest.raises(SystemExit):
         run("--sizes", "512")

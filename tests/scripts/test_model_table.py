@@ -1,16 +1,11 @@
 """The page of the networks: its figures at a size where they can be checked, and that it is up to date."""
 
-import sys
-from pathlib import Path
-
+import model_table
 import pytest
 import torch
+from benchmarks import forward, measure
 
 from transkd.models import SEGMENTERS
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import model_table
-from benchmarks import forward, measure
 
 
 def rows_of(page):
