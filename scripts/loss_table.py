@@ -152,7 +152,9 @@ each is.
 Rules that all terms share: the teacher is a constant; maps of other sizes are brought to one grid, the teacher's by
 default (bilinear, align_corners=False); labels go to a grid by nearest neighbour, 255 is ignored; arithmetic is
 float32 at least; a batch from which nothing can be learnt gives a 0 with zero gradients; means are over positions, so
-that a value does not grow with the image, but where the method itself is a sum (stated).
+that a value does not grow with the image, but where the method itself is a sum (stated). Means over valid positions
+are taken in each process, so that with unequal numbers of labelled pixels several processes weigh them differently
+than one with the joined batch.
 
 **Weights.** `criterion.terms.<name>.weight=0.5` sets one. With `'criterion.terms.<name>.weight="auto(0.3)"'` it is set
 on the first ten steps so that the term's gradient on the student has 0.3 times the norm of the task's, and kept. A

@@ -59,6 +59,12 @@ def call(tmp_path, monkeypatch):
         (["student.weights=nowhere.pth"], ["weights file not found: nowhere.pth"]),
         (["criterion.terms.csf.weight=-1"], ["csf", "weight"]),
         (["criterion.terms.csf.term.mid_channel=3"], ["mid_channel"]),
+        (
+            ["criterion.terms.csf.term._target_=transkd.losses.CSFLos"],
+            ["criterion.terms.csf.term", "transkd.losses has no CSFLos", "did you mean CSFLoss?", "KDLoss"],
+        ),
+        (["student.network._target_=transkd.model.x"], ["student.network", "no module transkd.model"]),
+        (["criterion.terms.csf.term.temperature=nan"], ["temperature", "nan"]),
         (["criterion.terms.csf.term.criterion=nope"], ["nope", "hierarchical_context", "channel_kl"]),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 from runs import assert_identical, composed, results, student
 
 from transkd.distiller import Distiller
+from transkd.errors import UserError
 from transkd.models import FrozenTeacher, load_segmenter
 from transkd.run import run
 
@@ -33,6 +34,20 @@ def test_a_teacher_that_nobody_reads_any_more_does_not_run(root, monkeypatch):
     steps = 4  # an epoch: 8 images, 2 a batch
     assert asked == [{"embeddings", "logits"}] * (steps // 2) + [{"embeddings"}] * (steps // 2)
     assert len(column(root, "early", "train/pea")) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("start:0.99", "'pea': .* never turns on at a step of a run of 2 epochs and 8 steps"),
+        ("start:3,unit:epoch", "2 epochs"),
+    ],
+)
+def test_a_schedule_that_never_turns_on_stops_the_run_at_once(root, monkeypatch, settings, message):
+    monkeypatch.setattr(Distiller, "training_step", lambda *args: pytest.fail("trained"))
+    never = f"+criterion.terms.pea.schedule={{_target_:transkd.losses.Schedule,{settings}}}"
+    with pytest.raises(UserError, match=message):
+        run(composed(root, "never", *SHORT, never))
 
 
 def test_automatic_weights_are_saved_and_reused(root, monkeypatch):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 
 import hydra
@@ -77,6 +78,9 @@ def explain(error: BaseException) -> str | None:
         group, name = missing.groups()
         options = sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
         return f"unknown {group} {group}/{name}; there are: {', '.join(options)}"
+    unlocated = re.search(r"Error locating target '(.+?)'.*?full_key: (\S+)", str(error), re.DOTALL)
+    if isinstance(error, InstantiationException) and unlocated:
+        return _unknown_target(*unlocated.groups())
     if isinstance(error, ConfigCompositionException | HydraException) and not isinstance(error, InstantiationException):
         return " ".join(str(error).replace("\n\t", " ").split())
     if isinstance(error, InstantiationException) and isinstance(causes[-1], TypeError):
@@ -91,6 +95,18 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     near = get_close_matches(key.rsplit(".", 1)[-1], names, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     return f"unknown setting {key}{hint} There are: {', '.join(names)}. A new one is added with +{key}=…"
+
+
+def _unknown_target(target: str, key: str) -> str:
+    parent, _, name = target.rpartition(".")
+    try:
+        names = sorted(getattr(import_module(parent), "__all__", ()))
+    except ImportError:
+        return f"{key}._target_={target}: there is no module {parent} to import it from"
+    near = get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    there_are = f" There are: {', '.join(names)}." if names else ""
+    return f"{key}._target_={target}: {parent} has no {name}{hint}{there_are}"
 
 
 def save_resolved(cfg: DictConfig, path: Path) -> None:

@@ -123,6 +123,12 @@ class Distiller(L.LightningModule):
         self.log(f"{stamp}/mIoU", self.scores.miou.float(), prog_bar=True)
         self.log(f"{stamp}/pixel_accuracy", self.scores.pixel_accuracy.float())
 
+    def on_fit_start(self) -> None:
+        """A schedule that this run is too short for shows before its first step."""
+        if self.criterion.schedules:
+            end = self._progress()
+            self.criterion.check_schedules(end.steps, end.epochs)
+
     def on_train_epoch_start(self) -> None:
         """Make the epoch's randomness a function of seed, epoch and rank."""
         torch.manual_seed(self.seed + 100_003 * (self.current_epoch + 1) + 1_000_000_007 * self.global_rank)

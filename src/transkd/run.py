@@ -66,6 +66,7 @@ def run(cfg: DictConfig) -> None:
         data.prepare_data()
     data.dataset("train"), data.dataset("val")  # a mistake in the data shows here, before anything long
     log_sizes(cfg, student, criterion)
+    check_schedules(cfg, criterion, data)
     rehearse(student, teacher_network, criterion, data)
 
     teacher, teacher_scores = None, None
@@ -191,6 +192,14 @@ def training_device(cfg: DictConfig) -> torch.device:
     """The kind of device that Lightning will train on."""
     found = None if cfg.trainer.accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True)
     return found or torch.device("cpu")
+
+
+def check_schedules(cfg: DictConfig, criterion: Criterion, data: SegmentationDataModule) -> None:
+    """See that schedules turn on, as far as it can be told before there is a trainer: as if on one device."""
+    epochs = cfg.trainer.max_epochs
+    steps = epochs * (len(data.dataset("train")) // (data.batch_size * cfg.trainer.accumulate_grad_batches))
+    if steps > 0:
+        criterion.check_schedules(steps, epochs)
 
 
 def rehearse(student: Network, teacher: Network | None, criterion: Criterion, data: SegmentationDataModule) -> None:

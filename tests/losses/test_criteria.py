@@ -128,7 +128,7 @@ def test_unequal_shapes_are_named(criterion):
         criterion(torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 4, 4))  # torch would broadcast
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
 @pytest.mark.parametrize("criterion", [channel_kl, spatial_kl])
 def test_temperature_must_be_positive(criterion, temperature):
     with pytest.raises(UserError, match="greater than 0; got"):

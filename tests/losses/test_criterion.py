@@ -6,7 +6,17 @@ from drawn import STUDENT, TEACHER, gradients, make_pair
 from torch import nn
 
 from transkd.errors import UserError
-from transkd.losses import Criterion, CSFLoss, EALoss, GLMixerLoss, PEALoss, Progress, Schedule, TaskCrossEntropy
+from transkd.losses import (
+    Criterion,
+    CSFLoss,
+    EALoss,
+    GLMixerLoss,
+    KDLoss,
+    PEALoss,
+    Progress,
+    Schedule,
+    TaskCrossEntropy,
+)
 
 CHANNELS = {"student_channels": STUDENT, "teacher_channels": TEACHER}
 
@@ -279,3 +289,23 @@ def test_a_batch_without_a_gradient_sets_no_weight():
     total, _ = held(*outputs(weight), parameters=[weight])
     assert total.isfinite()
     assert held.weights["kd"] is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"start": 0.999}, {"start": 0.9, "rise": 0.05}, {"rise": 0.5, "end": 0.05}, {"start": 0.51, "end": 0.55},
+     {"start": 9.5, "unit": "epoch"}],
+)  # fmt: skip
+def test_a_schedule_that_is_on_at_no_step_is_named(settings):
+    entry = {"term": KDLoss(), "weight": 1.0, "schedule": Schedule(**settings)}
+    criterion = Criterion({"task": {"term": TaskCrossEntropy(), "weight": 1.0}, "kd": entry})
+    with pytest.raises(UserError, match=r"Term 'kd': .*never turns on at a step of a run of 10 epochs and 10 steps"):
+        criterion.check_schedules(steps=10, epochs=10)
+    criterion.check_schedules(steps=10_000, epochs=10)
+
+
+def test_an_automatic_weight_needs_its_term_at_the_first_step():
+    entry = {"term": KDLoss(), "weight": "auto(0.3)", "schedule": Schedule(start=0.5)}
+    criterion = Criterion({"task": {"term": TaskCrossEntropy(), "weight": 1.0}, "kd": entry})
+    with pytest.raises(UserError, match=r"Term 'kd': auto.* must be on there"):
+        criterion.check_schedules(steps=10, epochs=1)

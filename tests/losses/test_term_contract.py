@@ -27,16 +27,24 @@ FOR_THE_DRAWN = {"isrd": {"ratio": 4}, "skd_adversarial": {"grid": "labels"}}
 ASLEEP_AT_FIRST = r"discriminator\.(layers\.attention\d\.(query|key|value)|score\.bias)"
 
 
-def load(path):
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def load(path, **settings):
     """One file, fit for the pairs drawn here."""
-    return OmegaConf.merge(OmegaConf.load(path), {"term": FOR_THE_DRAWN.get(path.stem, {})})
+    return OmegaConf.merge(OmegaConf.load(path), {"term": FOR_THE_DRAWN.get(path.stem, {}) | settings})
 
 
-def entry(path, student=STUDENT, teacher=TEACHER):
+def entry(path, student=STUDENT, teacher=TEACHER, **settings):
     """One file as the criterion gets it."""
-    config = load(path)
+    config = load(path, **settings)
     channels = {"student": list(student), "teacher": list(teacher)}
     return OmegaConf.create({"channels": channels, "data": {"num_classes": CLASSES}, "entry": config}).entry
+
+
+def with_settings(files, settings):
+    """Parameters for a test: each file, with the settings that it has here beyond its own."""
+    return [pytest.param(path, settings.get(path.stem, {}), id=path.stem) for path in files]
 
 
 def called(term, *arguments):
@@ -56,9 +64,14 @@ def widths(path):
 
 
 @pytest.fixture
-def term(path):
+def settings():
+    return {}
+
+
+@pytest.fixture
+def term(path, settings):
     torch.manual_seed(0)
-    return instantiate(entry(path)).term
+    return instantiate(entry(path, **settings)).term
 
 
 def test_there_are_terms():
@@ -101,7 +114,7 @@ def test_reads_of_the_teacher_only_what_it_needs(term, widths):
     assert called(term, student, rest, target) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@HALVES
 def test_autocast(term, dtype, widths):
     student, teacher, target = make_pair(*widths)
     expected = called(copy.deepcopy(term), student, teacher, target)
@@ -114,21 +127,27 @@ def test_autocast(term, dtype, widths):
     assert all(parameter.grad.isfinite().all() for parameter in term.parameters())
 
 
-def test_half_precision_outputs_under_autocast(term, widths):
-    """What networks under autocast show is half precision itself."""
+def shown_in(output, dtype):
+    """An output as networks of this type show it; the image stays as it is."""
+    return output._replace(
+        logits=output.logits.to(dtype),
+        features=tuple(maps.to(dtype) for maps in output.features),
+        embeddings=tuple(tokens.to(dtype) for tokens in output.embeddings),
+    )
+
+
+@HALVES
+def test_half_precision_outputs_under_autocast(term, dtype, widths):
+    """What networks under autocast show is half precision itself; the numbers are the same as widened before."""
     student, teacher, target = make_pair(*widths)
-    expected = called(copy.deepcopy(term), student, teacher, target)
-    halves = [
-        output._replace(
-            features=tuple(maps.bfloat16() for maps in output.features),
-            embeddings=tuple(tokens.bfloat16() for tokens in output.embeddings),
-        )
-        for output in (student, teacher)
-    ]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    halves = [shown_in(output, dtype) for output in (student, teacher)]
+    expected = called(copy.deepcopy(term), *(shown_in(output, torch.float32) for output in halves), target)
+    with torch.autocast("cpu", dtype=dtype):
         value = called(term, *halves, target)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, expected, rtol=1e-2, atol=0)
+    value.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(student))
 
 
 def test_gradcheck(path):
@@ -181,6 +200,19 @@ def test_all_together_in_a_criterion():
 
 # takes the labels' size alone
 LABELS_AS_A_GRID = {"SKDAdversarialLoss"}
+# every file as it is, and once more where it can leave out positions without a label
+MASKED = [path for path in FILES if "mask_ignored" in OmegaConf.load(path).term]
+AS_IT_IS_AND_MASKED = pytest.mark.parametrize(
+    ("path", "settings"),
+    [
+        *with_settings(FILES, {}),
+        *(pytest.param(path, {"mask_ignored": True}, id=f"{path.stem}-masked") for path in MASKED),
+    ],
+)
+
+
+def test_some_terms_can_leave_ignored_positions_out():
+    assert {"kd", "cwd", "cwd_feature", "dist"} <= {path.stem for path in MASKED}
 
 
 def reads_labels(term, pair):
@@ -192,6 +224,7 @@ def reads_labels(term, pair):
     return False
 
 
+@AS_IT_IS_AND_MASKED
 def test_a_batch_without_a_valid_label(term, widths):
     pair = make_pair(*widths)
     value = called(term, pair.student, pair.teacher, torch.full_like(pair.target, 255))
@@ -202,10 +235,12 @@ def test_a_batch_without_a_valid_label(term, widths):
     if reads_labels(term, pair):
         assert value == 0
         assert not any(gradient.any() for gradient in gradients(pair.student))
+        assert not any(p.grad is not None and p.grad.any() for p in term.parameters())
 
 
+@AS_IT_IS_AND_MASKED
 def test_ignored_positions_teach_nothing(term, widths):
-    """What the student gives on the left half, where every label is 255, matters to no term that reads labels."""
+    """What networks give on the left half, where every label is 255, matters to no term that reads labels."""
     pair = make_pair(*widths)
     if not reads_labels(term, pair):
         pytest.skip("reads no labels")
@@ -219,10 +254,12 @@ def test_ignored_positions_teach_nothing(term, widths):
         edge = max(columns - 2, 0) if term_grid(term) == "labels" else columns  # interpolation looks over the edge
         return torch.cat([maps[..., :edge] + 3 * torch.rand_like(maps[..., :edge]), maps[..., edge:]], dim=3)
 
-    student = pair.student._replace(
-        logits=changed(pair.student.logits), features=tuple(changed(maps) for maps in pair.student.features)
+    student, teacher = (
+        output._replace(logits=changed(output.logits), features=tuple(changed(maps) for maps in output.features))
+        for output in pair[:2]
     )
-    torch.testing.assert_close(called(term, student, pair.teacher, target), expected)
+    torch.testing.assert_close(called(copy.deepcopy(term), student, pair.teacher, target), expected)
+    torch.testing.assert_close(called(term, pair.student, teacher, target), expected)
 
 
 def term_grid(term):
@@ -247,15 +284,30 @@ def test_networks_of_other_sizes_are_aligned_or_refused(term, widths):
     assert any(gradient.abs().sum() > 0 for gradient in gradients(student))
 
 
-# terms whose value is a mean over positions, by their method: four copies of the image beside each other change nothing
-PER_POSITION = {"kd", "dkd", "fitnet", "cwd", "cwd_feature", "dist", "pea", "pea_shallow", "ifvd"}
+# for which four copies of the image beside each other are not the same as one, and why
+NOT_BY_TILES = {
+    "at": "a sum over vectors of length 1: it falls as 1 / positions, as its documentation says",
+    "csf": "3×3 convolutions look over the copies' borders",
+    "ea": "7×7 and 3×3 convolutions look over the copies' borders",
+    "gl_mixer": "convolutions along the tokens look over the copies' ends",
+    "mgd": "a sum over positions, as its documentation says, and 3×3 convolutions",
+    "reviewkd": "3×3 convolutions look over the copies' borders",
+    "skd_adversarial": "the discriminator's 4×4 convolutions look over the copies' borders",
+}
+# settings without upsampling and windows, which look over the copies' borders too, and without a drawn sample
+WITHIN_A_TILE = {"pdd": {"grid": "teacher"}, "skd": {"pool": 1}, "manifold": {"samples": 10**6}}
 
 
-@pytest.mark.parametrize("name", sorted(PER_POSITION))
-def test_a_value_does_not_grow_with_the_image(name):
-    torch.manual_seed(0)
-    term = instantiate(entry(FOLDER / f"{name}.yaml")).term.eval()
-    student, teacher, target = make_pair()
+def test_exceptions_from_the_tiles_are_terms():
+    assert set(NOT_BY_TILES) | set(WITHIN_A_TILE) <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize(
+    ("path", "settings"), with_settings([path for path in FILES if path.stem not in NOT_BY_TILES], WITHIN_A_TILE)
+)
+def test_a_value_does_not_grow_with_the_image(term, widths):
+    term = term.eval()
+    student, teacher, target = make_pair(*widths)
 
     def tiled(output):
         return output._replace(
@@ -265,22 +317,28 @@ def test_a_value_does_not_grow_with_the_image(name):
             image=output.image.repeat(1, 1, 2, 2),
         )
 
-    small = term(student, teacher, target)
-    torch.testing.assert_close(term(tiled(student), tiled(teacher), target.repeat(1, 2, 2)), small)
+    small = called(term, student, teacher, target)
+    torch.testing.assert_close(called(term, tiled(student), tiled(teacher), target.repeat(1, 2, 2)), small)
 
 
-def test_a_student_that_is_the_teacher_has_the_least(term):
-    """Where a term owns nothing and reads no labels, equal networks are its minimum, 0."""
-    _, teacher, target = make_pair(TEACHER, TEACHER)
-    pair = make_pair(TEACHER, TEACHER)
-    if list(term.parameters()) or reads_labels(term, pair):
-        pytest.skip("owns parameters or reads labels")
+# settings without which a term wants more than the teacher's outputs: a learnt projection, the label's probability
+NOTHING_BETWEEN = {"fitnet": {"adapter": None}, "pdd": {"variant": "dkd"}}
+
+
+@pytest.mark.parametrize(("path", "settings"), with_settings(FILES, NOTHING_BETWEEN))
+def test_a_student_that_is_the_teacher_has_the_least(path, settings):
+    """Where a term puts nothing learnt between networks of the same widths, equal outputs are its minimum, 0."""
+    term = instantiate(entry(path, TEACHER, TEACHER, **settings)).term
+    if list(term.parameters()):
+        pytest.skip("trains layers between the networks")
+    student, teacher, target = make_pair(TEACHER, TEACHER)
     same = called(term, teacher, teacher, target)
-    other = called(term, pair.student, teacher, target)
+    other = called(term, student, teacher, target)
     assert abs(same) < 1e-5 * other
 
 
-# terms whose value for a batch is by their method no mean over its images; their documentation says so
+# terms whose value for a batch is by their method no mean over its images, or that are drawn anew in each process;
+# their documentation says in what several processes differ from one
 ACROSS_THE_BATCH = {"cirkd", "cirkd_memory", "csf", "dist", "manifold", "reviewkd", "skd_adversarial", "vlfd"}
 AT_RANDOM = {"mgd"}
 
@@ -290,10 +348,8 @@ def test_processes_give_the_gradient_of_the_joined_batch(term, path, widths):
 
     In earnest, with two processes: test_two_processes.py.
     """
-    if path.stem in AT_RANDOM:
-        pytest.skip("draws anew for each process")
-    if path.stem in ACROSS_THE_BATCH:
-        assert "batch" in (type(term).__doc__ or "").lower()
+    if path.stem in ACROSS_THE_BATCH | AT_RANDOM:
+        assert re.search(r"\bprocess(es)?\b", type(term).__doc__ or "")
         return
     student, teacher, target = make_pair(*widths, batch=4)
     called(term, student, teacher, target).backward()

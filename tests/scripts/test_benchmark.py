@@ -12,6 +12,8 @@ from torch import nn
 
 from transkd.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("few_operations")
+
 SIZE = (64, 96)
 
 

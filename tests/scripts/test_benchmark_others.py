@@ -9,6 +9,8 @@ from benchmark_runs import KEYS, one_line_error
 from benchmarks import measure, score, terms
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("few_operations")
+
 
 def run(tmp_path, *arguments):
     """The JSON of one measurement."""

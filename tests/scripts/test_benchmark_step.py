@@ -13,6 +13,8 @@ from benchmarks import measure, step, training
 
 from transkd.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("few_operations")
+
 CPU = torch.device("cpu")
 NETWORKS = ("--teacher", "segformer_b0", "--student", "segformer_b0")
 

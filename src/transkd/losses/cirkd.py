@@ -26,7 +26,8 @@ class CIRKDMiniBatchLoss(nn.Module):
 
     No parameters; the channels may differ. Maps of other sizes are resized bilinearly to the teacher's. Large
     matrices S are built in pieces and computed again in the backward pass, with the same value. Images of other
-    processes are not looked at, as in the published code.
+    processes are not looked at, as in the published code, so several processes pair fewer images than one with the
+    joined batch.
 
     Source: Yang et al., arXiv 2204.06986, its mini-batch-based pixel-to-pixel distillation; weight 1 at τ = 0.1.
 

@@ -35,6 +35,8 @@ class CIRKDMemoryLoss(nn.Module):
     batch over the oldest ones, those of all processes, so that all hold the same memory. It starts with random unit
     vectors, and is saved in checkpoints: K · (pixel_memory + region_memory) · C_t numbers. Slots and positions are
     drawn from torch's global generator. Maps of other sizes are resized bilinearly to the teacher's, before the head.
+    Each of several processes normalises by its own images (unless synchronised), draws its slots by itself and takes
+    the mean over its own V, so together they differ from one with the joined batch.
 
     Source: Yang et al., arXiv 2204.06986, its memory-based distillation, pixel-to-pixel and pixel-to-region, with
     weight 0.1 each; 20000 positions per class in its memory, 2000 for SegFormers. The published code fills the memory

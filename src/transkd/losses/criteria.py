@@ -3,6 +3,7 @@
 Half-precision inputs are compared in float32; float64 stays float64. The teacher's tensor is a constant.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -184,5 +185,7 @@ def _kl_sum(student: Tensor, teacher: Tensor, dim: int, temperature: float) -> T
 
 
 def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise UserError(f"The temperature must be greater than 0; got {temperature}.")
+    if not 0 < temperature < math.inf:
+        raise UserError(
+            f"The temperature of a distance between maps must be a number greater than 0; got {temperature}."
+        )

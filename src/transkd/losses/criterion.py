@@ -20,6 +20,7 @@ __all__ = ["Criterion", "CriterionOutput"]
 REQUIRED, OPTIONAL = {"term", "weight"}, {"schedule"}
 AUTO = re.compile(r"auto\((.+)\)")
 CALIBRATION_STEPS = 10
+_OFF_AT_FIRST = "Term {!r}: auto(s) is set on the first steps, so its schedule must be on there."
 
 
 class CriterionOutput(NamedTuple):
@@ -112,13 +113,31 @@ class Criterion(nn.Module):
             self._calibrated = int(self.auto_steps) >= CALIBRATION_STEPS
         return not self._calibrated and self.training
 
+    def check_schedules(self, steps: int, epochs: int) -> None:
+        """See that every schedule is on at some step of a run of that length.
+
+        Raises:
+            UserError: one is not, or is off at the first step, where an automatic weight is set.
+        """
+        for name in self.schedules:
+            if name in self.shares and self._factor(name, Progress(0, steps, epochs)) == 0:
+                raise UserError(_OFF_AT_FIRST.format(name))
+            if not any(self._factor(name, Progress(step, steps, epochs)) for step in range(steps)):
+                raise UserError(
+                    f"Term {name!r}: {self.schedules[name]} never turns on at a step of a run of {epochs} epochs and "
+                    f"{steps} steps. Move or widen it, or leave the term out."
+                )
+
     def advance(self, progress: Progress) -> None:
         """Set every schedule to where the run is; to be called before each step."""
-        for name, schedule in self.schedules.items():
-            try:
-                self.factors[name] = schedule(progress)
-            except UserError as error:
-                raise UserError(f"Term {name!r}: {error}") from error
+        for name in self.schedules:
+            self.factors[name] = self._factor(name, progress)
+
+    def _factor(self, name: str, progress: Progress) -> float:
+        try:
+            return self.schedules[name](progress)
+        except UserError as error:
+            raise UserError(f"Term {name!r}: {error}") from error
 
     def forward(
         self,
@@ -159,7 +178,7 @@ class Criterion(nn.Module):
             raise UserError("A weight of auto(s) looks at gradients: call the criterion with parameters=the student's.")
         absent = sorted(self.shares.keys() - values.keys())
         if absent:
-            raise UserError(f"Term {absent[0]!r}: auto(s) is set on the first steps, so its schedule must be on there.")
+            raise UserError(_OFF_AT_FIRST.format(absent[0]))
         task = self.fixed["task"] * gradient_norm(values["task"], parameters)
         norms = torch.stack([gradient_norm(values[name], parameters) for name in self.shares])
         shares = torch.tensor(list(self.shares.values()), dtype=torch.float64, device=norms.device)

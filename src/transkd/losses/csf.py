@@ -30,6 +30,8 @@ class CSFLoss(nn.Module):
 
     A map whose size differs from the teacher's is resized to it bilinearly, which is logged once. With a
     batch of one, the normalisation of z sees a single value per channel, so it uses its running statistics.
+    Each of several processes normalises by the statistics of its own images alone, unless
+    `trainer.sync_batchnorm=true` synchronises them.
 
     Source: TransKD, arXiv 2202.13393, its section on Cross Selective Fusion.
 

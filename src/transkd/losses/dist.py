@@ -30,7 +30,8 @@ class DISTLoss(nn.Module):
 
     A correlation leaves the student free to be less sure than the teacher, as long as it ranks alike. Where a
     probability is the same everywhere ρ is 0. One reimplementation, fed with maps, correlates for intra along the
-    images of the batch at each position; as in the authors' code, all positions are one axis here.
+    images of the batch at each position; as in the authors' code, all positions are one axis here. With several
+    processes that axis holds the positions of each process's own images, so intra is not that of the joined batch.
 
     Source: Huang et al., arXiv 2205.10536, section 4; β, γ and τ are those of its code for segmentation.
 

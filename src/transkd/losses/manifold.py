@@ -26,6 +26,8 @@ class ManifoldLoss(nn.Module):
 
     ``4·intra + 0.1·inter + 0.2·random``, and the mean of that over the stages. No parameters; channels may differ.
     With a batch of one, inter is 0. The draw is from torch's global generator; up to R positions, all are taken.
+    Each of several processes relates its own images alone and draws R positions of them, so inter and random are not
+    those of the joined batch.
 
     The publication pairs blocks of two plain transformers; of an encoder with stages it is the last block of each,
     which is what the stage's features are. The N×N matrices are compared exactly without being built, so that its

@@ -26,6 +26,7 @@ class MGDLoss(nn.Module):
     and absent where both have the same channels; G is conv3x3, ReLU, conv3x3; M is 0 with probability `mask_ratio`
     and else 1, drawn anew at each call, in evaluation too, from torch's global generator. What is kept is not
     rescaled. Maps of other sizes are resized bilinearly to the teacher's; the published code asks for equal sizes.
+    Each of several processes draws M for its own images, so they hide other places than one with the joined batch.
 
     The sum grows with channels and positions: α = 2e-5 belongs to 2048 channels of 64×64 positions, where it is 168
     times the mean. Smaller maps need a larger α (512 channels of 16×16: 1.3e-3 for the same factor), or

@@ -27,7 +27,8 @@ class ReviewKDLoss(nn.Module):
 
     A map whose size differs from the teacher's is resized to it bilinearly. The published code leaves levels of the
     hierarchical context out by the map's height alone and, for classification, has square sizes written into it; here
-    the shorter side counts and any sizes fit.
+    the shorter side counts and any sizes fit. Each of several processes normalises by the statistics of its own images
+    alone, unless `trainer.sync_batchnorm=true` synchronises them.
 
     Source: Chen et al., arXiv 2104.09044, section 3; the fusion is that of its code for detection.
 

@@ -41,7 +41,8 @@ class SKDAdversarialLoss(nn.Module):
                a drawn uniformly for each image, from torch's global generator
 
     The term's value is no distance: it need not fall. Both logits go through D in one batch, for statistics that
-    hold for both; `LogitDiscriminator` says what D is. It is dropped after training.
+    hold for both; `LogitDiscriminator` says what D is. It is dropped after training. In each of several processes D
+    normalises by the logits of the process's own images, so its scores are not those of the joined batch.
 
     Source: Liu et al., arXiv 1903.04197, its holistic distillation, whose D also reads the image; D on the logits alone
     is the published codes'. They weigh the parts 0.001 and 0.1 (CIRKD, hinge) or 0.1 and 0.1 (the authors, wgan): a

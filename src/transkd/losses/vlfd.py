@@ -53,7 +53,9 @@ class VLFDLoss(nn.Module):
       any other by `grid`, and align_corners=False.
     * Zero features. The code divides by a bare norm, which gives NaN; here such a position relates to none.
 
-    All relations of a batch are (B·N)² numbers; they are computed exactly without that matrix.
+    All relations of a batch are (B·N)² numbers; they are computed exactly without that matrix. Each of several
+    processes relates the positions of its own images alone, so with `scope` "batch" the graph part is not that of the
+    joined batch.
 
     Source: Zheng et al., arXiv 2310.07265; the equations are those of its published training script.
 
