@@ -202,9 +202,18 @@ def test_channels_last_gives_the_same_loss(tmp_path):
     torch.testing.assert_close(loss(image.to(memory_format=torch.channels_last)), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_channels_last_by_itself_is_for_a_cpu(tmp_path, monkeypatch):
+    assert run_module.in_channels_last(composed(tmp_path, "run", "trainer.accelerator=cpu"))
+    monkeypatch.setattr(run_module, "training_device", lambda cfg: torch.device("cuda"))
+    for said, expected in (("auto", False), ("true", True), ("false", False)):
+        assert run_module.in_channels_last(composed(tmp_path, "run", f"channels_last={said}")) == expected
+    with pytest.raises(UserError, match="channels_last=perhaps: expected true, false or auto"):
+        run_module.in_channels_last(composed(tmp_path, "run", "channels_last=perhaps"))
+
+
 def test_a_run_in_channels_last(tmp_path):
     settings = ["distill=transkd_base", "trainer.max_epochs=1", *SMALL]
-    run(composed(tmp_path, "plain", *settings))
+    run(composed(tmp_path, "plain", *settings, "channels_last=false"))
     run(composed(tmp_path, "last", *settings, "channels_last=true"))
     plain, last = student(tmp_path, "plain"), student(tmp_path, "last")
     assert plain.keys() == last.keys()

@@ -35,7 +35,7 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative
 COMPILED_TOLERANCE = {torch.float32: (1e-3, 2e-2), torch.bfloat16: (1e-2, 1e-1)}
 CORNER = (256, 512)  # of at most two images, on which gradients are compared
 
-CHOICES = ("teacher-graph", "unfolded", "explicit-attention", "plain-linear")
+CHOICES = ("teacher-graph", "unfolded", "explicit-attention", "plain-layers")
 AGAINST = {"drawn-out": CHOICES, **{choice: (choice,) for choice in CHOICES}}
 """What ``--against`` names, and the choices that it stands for."""
 
@@ -88,6 +88,8 @@ def build_parts(cfg: DictConfig, device: torch.device, optimizer: bool = False) 
         roughen(network)
     for part in filter(None, (student, teacher, criterion)):
         leave_nothing_out(part.train().to(device))
+        if device.type == "cpu":  # as transkd.train does by itself
+            part.to(memory_format=torch.channels_last)
     parts = Parts(student, teacher, criterion, None)
     return parts._replace(optimizer=instantiate(cfg.optim.optimizer)(parts.trained())) if optimizer else parts
 
@@ -147,7 +149,8 @@ class Step:
         parts: shared by the alternatives, which therefore have the same weights.
         choices: of ``CHOICES``; without any it is what ``transkd.distiller`` does. ``teacher-graph`` neither freezes
             the teacher nor spares its head, and backward goes through it; ``unfolded`` draws out both decode heads;
-            ``explicit-attention`` holds each attention matrix in memory; ``plain-linear`` is ``F.linear`` everywhere.
+            ``explicit-attention`` holds each attention matrix in memory; ``plain-layers`` computes
+            linear layers by ``F.linear`` and leaves weights as PyTorch lays them out.
         compiled: the mode of ``torch.compile`` in which networks and terms are compiled, as ``transkd.train`` does it,
             in a copy of the parts; None for none.
         dtype: bfloat16 computes the step under autocast; the weights stay as they are.
@@ -160,7 +163,10 @@ class Step:
         compiled: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        parts = copy.deepcopy(parts) if compiled else parts
+        parts = copy.deepcopy(parts) if compiled or "plain-layers" in choices else parts
+        if "plain-layers" in choices:
+            for part in filter(None, parts[:3]):
+                part.to(memory_format=torch.contiguous_format)
         self.parts, self.choices, self.dtype, self.compiled = parts, frozenset(choices), dtype, compiled
         student: nn.Module = parts.student
         teacher: nn.Module | None = parts.teacher
@@ -186,7 +192,7 @@ class Step:
                 stack.enter_context(torch.autocast(image.device.type, self.dtype))
             if self.compiled:
                 torch.compiler.cudagraph_mark_step_begin()
-            if "plain-linear" in self.choices:
+            if "plain-layers" in self.choices:
                 stack.enter_context(mock.patch.object(TokenLinear, "forward", nn.Linear.forward))
             if "explicit-attention" in self.choices:
                 stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", explicit_attention))

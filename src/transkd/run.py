@@ -60,7 +60,7 @@ def run(cfg: DictConfig) -> None:
     data: SegmentationDataModule = instantiate(cfg.data)
     student = build_student(cfg)  # before the teacher: its start must not depend on one
     criterion, teacher_network = build_criterion(cfg, student)
-    set_memory_format(cfg, student, teacher_network)
+    set_memory_format(cfg, student, teacher_network, criterion)
     if getattr(rank_zero_only, "rank", 0) == 0:
         save_resolved(cfg, run_dir / "config.yaml")
         data.prepare_data()
@@ -168,11 +168,18 @@ def build_criterion(cfg: DictConfig, student: Network) -> tuple[Criterion, Netwo
     return instantiate(cfg.criterion), teacher
 
 
-def set_memory_format(cfg: DictConfig, *networks: Network | None) -> None:
-    """Where that is asked for, lay the networks' weights out channels-last; the Distiller does so with the images."""
-    for network in networks:
-        if cfg.channels_last and network is not None:
-            network.to(memory_format=torch.channels_last)
+def in_channels_last(cfg: DictConfig) -> bool:
+    """Whether weights and images are laid out channels-last; ``auto``: on a CPU, where it was measured to pay."""
+    if cfg.channels_last not in (True, False, "auto"):
+        raise UserError(f"channels_last={cfg.channels_last}: expected true, false or auto")
+    return training_device(cfg).type == "cpu" if cfg.channels_last == "auto" else cfg.channels_last
+
+
+def set_memory_format(cfg: DictConfig, *parts: torch.nn.Module | None) -> None:
+    """Lay the weights out as the configuration says; the Distiller does so with the images."""
+    for part in filter(None, parts):
+        if in_channels_last(cfg):
+            part.to(memory_format=torch.channels_last)
 
 
 def compile_mode(cfg: DictConfig) -> str:
@@ -244,7 +251,7 @@ def training_settings(cfg: DictConfig) -> dict[str, Any]:
         "protocol": cfg.protocol,
         "gradients_every": cfg.gradients_every,
         "seed": cfg.seed,
-        "channels_last": cfg.channels_last,
+        "channels_last": in_channels_last(cfg),
         "compiled": bool(cfg.compile),
     }
 
