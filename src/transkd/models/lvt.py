@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transkd.errors import UserError
-from transkd.models.attention import attend
 from transkd.models.mit import to_tokens
 from transkd.patch_embedding import OverlapPatchEmbedding, init_vision_weights
 from transkd.token_linear import TokenLinear
@@ -100,7 +99,8 @@ class AtrousAttention(nn.Module):
 
         context = self.norm(channels_last(self.sr(channels_first(x)))) if self.reduction > 1 else x
         key, value = self.kv(context.flatten(1, 2)).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(query, key, value)).view(x.shape)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).flatten(2)).view(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] to map [B, H, W, C]."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transkd.errors import UserError
-from transkd.models.attention import attend
 from transkd.patch_embedding import OverlapPatchEmbedding, init_vision_weights
 from transkd.token_linear import TokenLinear
 
@@ -71,7 +70,8 @@ class EfficientAttention(nn.Module):
             pair = pair.repeat_interleave(parts, dim=0)
         query = query.unflatten(2, (self.heads, -1)).transpose(1, 2)
         key, value = pair.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(query, key, value).reshape(tokens.shape))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).reshape(tokens.shape))
 
 
 class DepthwiseConv(nn.Module):
