@@ -111,6 +111,18 @@ def test_queries_are_cut_where_a_gpu_would_wait(shape, heads, keys, parts):
         assert cut(**change) == 1
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_and_maps_are_views_that_convolutions_take_as_channels_last(batch):
+    tokens = torch.rand(batch, 6, 5)
+    shown = mit.to_map(tokens, (2, 3))
+    assert shown.data_ptr() == tokens.data_ptr()
+    assert torch.equal(shown[:, :, 1, 2], tokens[:, 5])
+    depthwise = nn.Conv2d(5, 5, 3, padding=1, groups=5)
+    for maps in (shown, depthwise(shown)):
+        assert maps.stride() == (30, 1, 15, 5)
+    assert torch.equal(mit.to_tokens(shown), tokens)
+
+
 def test_cut_queries_give_the_same_attention(monkeypatch):
     attention = mit.EfficientAttention(12, heads=3, reduction=2).double()
     upstream = torch.rand(2, 48, 12).double()

@@ -22,7 +22,8 @@ BLOCKS = 256  # of work at once, for a GPU with about half as many multiprocesso
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """View tokens [B, N, C] as a map [B, C, H, W]; no copy, the map is channels-last in memory."""
-    return tokens.transpose(1, 2).view(tokens.shape[0], -1, *grid)
+    # in this order the strides of a single image are channels-last too, which convolutions then see
+    return tokens.reshape(tokens.shape[0], *grid, -1).permute(0, 3, 1, 2)
 
 
 def to_tokens(feature_map: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class EfficientAttention(nn.Module):
         query, pair = self.q(tokens), self.kv(context)
         parts = query_parts(query, self.heads, context.shape[1])
         if parts > 1:  # each part sees all keys, as an image of its own
-            query = query.reshape(len(tokens) * parts, -1, query.shape[2])
+            query = query.reshape(tokens.shape[0] * parts, -1, query.shape[2])
             pair = pair.repeat_interleave(parts, dim=0)
         query = query.unflatten(2, (self.heads, -1)).transpose(1, 2)
         key, value = pair.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
