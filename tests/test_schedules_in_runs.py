@@ -4,8 +4,10 @@ import csv
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from runs import assert_identical, composed, results, student
 
+from transkd import run as run_module
 from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.models import FrozenTeacher, load_segmenter
@@ -48,6 +50,22 @@ def test_a_schedule_that_never_turns_on_stops_the_run_at_once(root, monkeypatch,
     never = f"+criterion.terms.pea.schedule={{_target_:transkd.losses.Schedule,{settings}}}"
     with pytest.raises(UserError, match=message):
         run(composed(root, "never", *SHORT, never))
+
+
+def test_the_early_look_at_schedules_asks_for_no_epochs_and_counts_every_step(root):
+    late = "+criterion.terms.pea.schedule={_target_:transkd.losses.Schedule,start:1,unit:step}"
+
+    def look(*settings):
+        cfg = composed(root, "look", *SHORT, late, *settings)
+        cfg.channels.student = cfg.channels.teacher = [8, 16, 40, 64]
+        data = instantiate(cfg.data)
+        data.prepare_data()
+        run_module.check_schedules(cfg, instantiate(cfg.criterion), data)
+
+    look("trainer.max_epochs=null")
+    look("trainer.max_epochs=1", "trainer.accumulate_grad_batches=3")  # 4 batches are 2 steps
+    with pytest.raises(UserError, match="the run has 1 epochs and 1 steps"):
+        look("trainer.max_epochs=1", "trainer.accumulate_grad_batches=4")
 
 
 def test_automatic_weights_are_saved_and_reused(root, monkeypatch):

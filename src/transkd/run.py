@@ -177,8 +177,8 @@ def in_channels_last(cfg: DictConfig) -> bool:
 
 def set_memory_format(cfg: DictConfig, *parts: torch.nn.Module | None) -> None:
     """Lay the weights out as the configuration says; the Distiller does so with the images."""
-    for part in filter(None, parts):
-        if in_channels_last(cfg):
+    if in_channels_last(cfg):
+        for part in filter(None, parts):
             part.to(memory_format=torch.channels_last)
 
 
@@ -202,9 +202,13 @@ def training_device(cfg: DictConfig) -> torch.device:
 
 
 def check_schedules(cfg: DictConfig, criterion: Criterion, data: SegmentationDataModule) -> None:
-    """See that schedules turn on, as far as it can be told before there is a trainer: as if on one device."""
-    epochs = cfg.trainer.max_epochs
-    steps = epochs * (len(data.dataset("train")) // (data.batch_size * cfg.trainer.accumulate_grad_batches))
+    """See that schedules turn on, as far as it can be told before there is a trainer: in the most steps there can be.
+
+    The Distiller looks again once the number of steps is known.
+    """
+    epochs = cfg.trainer.max_epochs or 0  # null and -1 leave the length to other settings
+    batches = len(data.dataset("train")) // data.batch_size
+    steps = epochs * -(-batches // cfg.trainer.accumulate_grad_batches)  # the last ones of an epoch make a step, too
     if steps > 0:
         criterion.check_schedules(steps, epochs)
 
