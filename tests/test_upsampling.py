@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from memory import peak_memory
 
-from transkd.upsampling import upsampled, upsampled_argmax
+from transkd import upsampling
+from transkd.upsampling import add_upsampled, upsampled, upsampled_argmax
 
 
 def plain(logits, size):
@@ -51,3 +52,27 @@ def test_maps_and_their_gradient_are_those_of_interpolate_compiled_too(size):
     for function in (upsampled, compiled):
         torch.testing.assert_close(outcome(function), expected, rtol=1e-6, atol=1e-6)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("size", [(12, 16), (11, 17), (6, 8)])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_sum_in_place(monkeypatch, size, learns, channels_last):
+    monkeypatch.setattr(upsampling, "AT_ONCE", 1)  # 32 of the 70 channels at a time
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    total, maps = (torch.rand(2, 70, *side).to(memory_format=layout) for side in (size, (6, 8)))
+    expected = total + F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    address, maps = total.data_ptr(), maps.requires_grad_(learns)
+    add_upsampled(total, maps)
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-6)
+    assert total.data_ptr() == address
+    assert total.requires_grad == learns
+    if learns:
+        total.sum().backward()
+        torch.testing.assert_close(maps.grad.sum(), torch.tensor(float(total.numel())))
+
+
+def test_without_a_gradient_a_sum_takes_the_memory_of_a_part(monkeypatch):
+    total, maps = torch.rand(1, 256, 64, 128), torch.rand(1, 256, 32, 64)
+    monkeypatch.setattr(upsampling, "AT_ONCE", total.numel() // 8)
+    assert peak_memory(lambda: add_upsampled(total, maps)) <= total.nbytes / 4

@@ -4,7 +4,8 @@ import argparse
 import importlib
 import math
 import tempfile
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from transkd.errors import UserError
-from transkd.models import SEGMENTERS, SegformerHead, Segmenter, create_segmenter
+from transkd.models import SEGMENTERS, SegformerHead, Segmenter, attention, create_segmenter
 from transkd.models.formats import SMP, rename_to_huggingface
 from transkd.models.mit import VARIANTS
 
@@ -90,10 +91,20 @@ def build_drawn_out(network: Segmenter) -> list[Alternative]:
     (unfolded,) = build_unfolded(network)
 
     def logits(image: Tensor) -> Tensor:
-        with mock.patch.object(F, "scaled_dot_product_attention", explicit_attention):
+        with drawn_out_attention():
             return unfolded.logits(image)
 
     return [Alternative("drawn-out", network, logits)]
+
+
+@contextmanager
+def drawn_out_attention() -> Iterator[None]:
+    """Every attention of ours with its matrix in memory."""
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", explicit_attention),
+        mock.patch.object(attention, "convolution_pays", return_value=False),
+    ):
+        yield
 
 
 def explicit_attention(

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks import measure
-from benchmarks.forward import draw_out, explicit_attention, roughen
+from benchmarks.forward import draw_out, drawn_out_attention, roughen
 from transkd.cli import CONF, explain
 from transkd.compiling import compile_in_place
 from transkd.errors import UserError
@@ -195,7 +194,7 @@ class Step:
             if "plain-layers" in self.choices:
                 stack.enter_context(mock.patch.object(TokenLinear, "forward", nn.Linear.forward))
             if "explicit-attention" in self.choices:
-                stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", explicit_attention))
+                stack.enter_context(drawn_out_attention())
             student = self.student(image)
             teacher = self._ask_teacher(image)
             if teacher is not None and "teacher-graph" in self.choices:

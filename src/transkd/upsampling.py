@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["upsampled", "upsampled_argmax"]
+__all__ = ["add_upsampled", "upsampled", "upsampled_argmax"]
+
+# numbers at once; blocks of twice that size go back to the system and come cleared, which takes longer than the work
+AT_ONCE = 2**22
 
 
 def upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -20,6 +23,27 @@ def upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
         result: Tensor = _Upsampled.apply(maps, size)
         return result
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def add_upsampled(total: Tensor, maps: Tensor) -> None:
+    """Add maps [B, C, h, w] to ``total`` [B, C, H, W] in place, brought to its size bilinearly (align_corners=False).
+
+    On a CPU, where nobody wants a gradient, some channels at a time.
+
+    Example:
+        >>> total = torch.ones(1, 1, 1, 4)
+        >>> add_upsampled(total, torch.tensor([[[[0.0, 4.0]]]]))
+        >>> total
+        tensor([[[[1., 2., 4., 5.]]]])
+    """
+    size = total.shape[-2:]
+    learns = torch.is_grad_enabled() and (total.requires_grad or maps.requires_grad)
+    if learns or total.device.type != "cpu" or torch.compiler.is_compiling():
+        total += upsampled(maps, size)
+        return
+    channels = max(32, AT_ONCE // max(1, total[:, 0].numel()))
+    for sums, added in zip(torch.split(total, channels, 1), torch.split(maps, channels, 1), strict=True):
+        sums += upsampled(added, size)
 
 
 class _Upsampled(torch.autograd.Function):

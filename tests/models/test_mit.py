@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import golden
 import pytest
 import timm
@@ -85,32 +83,6 @@ def test_normalisation_constants():
             assert layer.eps == expected, name
 
 
-@pytest.mark.parametrize(
-    ("shape", "heads", "keys", "parts"),
-    [
-        ((2, 32768, 32), 1, 512, 16),  # 2 · 1 · 8 = 16 blocks
-        ((8, 32768, 32), 1, 512, 4),
-        ((2, 8192, 64), 2, 512, 8),
-        ((8, 2048, 160), 5, 512, 1),  # 320 blocks are enough
-        ((1, 12, 32), 1, 70, 4),  # 12 = 4 · 3
-        ((1, 35, 32), 1, 64, 1),
-    ],
-)
-def test_queries_are_cut_where_a_gpu_would_wait(shape, heads, keys, parts):
-    query = {"device": torch.device("cuda"), "dtype": torch.float32, "requires_grad": True, "shape": shape}
-
-    def cut(**changes):
-        class Query(SimpleNamespace):
-            def __len__(self):
-                return self.shape[0]
-
-        return mit.query_parts(Query(**{**query, **changes}), heads, keys)
-
-    assert cut() == parts
-    for change in ({"device": torch.device("cpu")}, {"dtype": torch.bfloat16}, {"requires_grad": False}):
-        assert cut(**change) == 1
-
-
 @pytest.mark.parametrize("batch", [1, 2])
 def test_tokens_and_maps_are_views_that_convolutions_take_as_channels_last(batch):
     tokens = torch.rand(batch, 6, 5)
@@ -121,21 +93,6 @@ def test_tokens_and_maps_are_views_that_convolutions_take_as_channels_last(batch
     for maps in (shown, depthwise(shown)):
         assert maps.stride() == (30, 1, 15, 5)
     assert torch.equal(mit.to_tokens(shown), tokens)
-
-
-def test_cut_queries_give_the_same_attention(monkeypatch):
-    attention = mit.EfficientAttention(12, heads=3, reduction=2).double()
-    upstream = torch.rand(2, 48, 12).double()
-
-    def outcome(parts):
-        monkeypatch.setattr(mit, "query_parts", lambda query, heads, keys: parts)
-        tokens = torch.rand(2, 48, 12, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
-        attention.zero_grad()
-        output = attention(tokens, (6, 8))
-        output.backward(upstream)
-        return output, tokens.grad, [parameter.grad for parameter in attention.parameters()]
-
-    close(outcome(4), outcome(1))
 
 
 def test_timm_features():

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from benchmark_runs import KEYS, one_line_error
-from benchmarks import measure, step, training
+from benchmarks import forward, measure, step, training
 
 from transkd.errors import UserError
+from transkd.models import attention
 
 pytestmark = pytest.mark.usefixtures("few_operations")
 
@@ -66,15 +67,24 @@ def test_backward_goes_through_the_teacher_of_the_naive_step_alone():
 def test_explicit_attention_is_attention_and_is_put_back():
     query, key, value = (torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (5, 4, 4))
     expected = F.scaled_dot_product_attention(query, key, value)
-    torch.testing.assert_close(training.explicit_attention(query, key, value), expected)
-    original, detach = F.scaled_dot_product_attention, torch.Tensor.detach
+    torch.testing.assert_close(forward.explicit_attention(query, key, value), expected)
+    patched = (F, "scaled_dot_product_attention"), (attention, "convolution_pays"), (torch.Tensor, "detach")
+    originals = [getattr(*each) for each in patched]
     training.Step(parts(), training.CHOICES)(*training.draw_batch((32, 32), 2, 5, CPU))
-    assert F.scaled_dot_product_attention is original
-    assert torch.Tensor.detach is detach
+    assert [getattr(*each) for each in patched] == originals
+
+
+def test_explicit_attention_is_not_ours_by_another_way(monkeypatch):
+    monkeypatch.setattr(attention, "SCORES", 1)
+    monkeypatch.setattr(attention, "_convolved", lambda *image: pytest.fail("by convolutions"))
+    batch = training.draw_batch((32, 32), 2, 5, CPU)
+    training.Step(parts(), ["explicit-attention"])(*batch)
+    with pytest.raises(pytest.fail.Exception):
+        training.Step(parts())(*batch)
 
 
 def test_a_wrong_alternative_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(training, "explicit_attention", lambda query, key, value: 0 * query)
+    monkeypatch.setattr(forward, "explicit_attention", lambda query, key, value: 0 * query)
     assert "explicit-attention does not compute the same step" in one_line_error(run, "--against", "explicit-attention")
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match="nothing was timed"):

@@ -35,7 +35,8 @@ def sliced_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor, ignore
         tensor(1.3863)
     """
     learns = torch.is_grad_enabled() and logits.requires_grad
-    return _SlicedCrossEntropy.apply(logits, target, weights, ignore, learns)
+    # bands of a class lie side by side in this layout
+    return _SlicedCrossEntropy.apply(logits.contiguous(), target, weights, ignore, learns)
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):

@@ -66,11 +66,12 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
         tensor(9.)
     """
     student, teacher = _comparable(student, teacher)
-    difference = student - teacher  # pooling is linear, so pooling the difference once is enough
+    # Pooling is linear, so pooling the difference once is enough. Channels come last, and sums are divided where
+    # they are small, so that gradients are laid out as the networks' maps are: adding up others is slow.
+    difference = (student - teacher).permute(0, 2, 3, 1)
     maps = [difference, *_pooled(difference)]
     weights = [0.5**level for level in range(len(maps))]
-    # channels as the last dimension: the gradient is then laid out as the networks' maps are
-    errors = [weight * each.permute(0, 2, 3, 1).square().mean() for weight, each in zip(weights, maps, strict=True)]
+    errors = [weight * each.square().sum() / each.numel() for weight, each in zip(weights, maps, strict=True)]
     return torch.stack(errors).sum() / sum(weights)
 
 
@@ -165,16 +166,18 @@ def _comparable(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pooled(maps: Tensor) -> Iterator[Tensor]:
-    """Averages of [B, C, H, W] over 4×4, 2×2 and 1×1 windows, as far as they are fewer than the shorter side."""
-    side = min(maps.shape[-2:])
-    even = not any(length % POOLED_LEVELS[0] for length in maps.shape[-2:])
+    """Averages of [B, H, W, C] over 4×4, 2×2 and 1×1 windows, as far as they are fewer than the shorter side."""
+    sides = maps.shape[1:3]
+    even = not any(side % POOLED_LEVELS[0] for side in sides)
     for level in POOLED_LEVELS:
-        if level < side:
+        if level < min(sides):
             if even:  # windows that do not overlap: a coarser level is the average of the finer one
-                batch, channels, height, width = maps.shape
-                windows = maps.reshape(batch, channels, level, height // level, level, width // level)
-                maps = windows.mean((3, 5))
-            yield maps if even else F.adaptive_avg_pool2d(maps, level)
+                batch, height, width, channels = maps.shape
+                windows = maps.reshape(batch, level, height // level, level, width // level, channels)
+                maps = windows.sum(4).sum(2) / (height // level * (width // level))
+                yield maps
+            else:
+                yield F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), level)
 
 
 def _kl_sum(student: Tensor, teacher: Tensor, dim: int, temperature: float) -> Tensor:

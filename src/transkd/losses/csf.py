@@ -134,7 +134,7 @@ class _FusionStage(nn.Module):
         return reduced, self.expand(reduced)
 
     def _select(self, reduced: Tensor, residual: Tensor) -> Tensor:
-        pooled = (reduced + residual).mean(dim=(2, 3), keepdim=True)
+        pooled = _position_mean(reduced + residual)
         squeezed = _squeeze(self.squeeze, pooled)
         scores = torch.stack((self.student_branch(squeezed), self.residual_branch(squeezed)))
         keep, take = scores.softmax(0).unbind()
@@ -148,3 +148,9 @@ def _squeeze(layer: ConvNorm, pooled: Tensor) -> Tensor:
     norm, convolved = layer.norm, layer.conv(pooled)
     normalised = F.batch_norm(convolved, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     return F.relu(normalised)
+
+
+def _position_mean(maps: Tensor) -> Tensor:
+    """``maps.mean((2, 3), keepdim=True)``, whose own gradient is not laid out as the maps are: adding it is slow."""
+    wide = torch.promote_types(maps.dtype, torch.float32)  # a sum of many halves has no place in a half
+    return (maps.sum((2, 3), keepdim=True, dtype=wide) / maps[0, 0].numel()).to(maps.dtype)

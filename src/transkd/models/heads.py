@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transkd.upsampling import upsampled
+from transkd.upsampling import add_upsampled
 
 __all__ = ["FusedSegformerHead", "SegformerHead"]
 
@@ -82,9 +82,10 @@ class SegformerHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits at the resolution of the first feature."""
-        fused = _upsampled_sum(
-            [F.conv2d(feature, *folded) for feature, folded in zip(features, self.fold(), strict=True)]
-        )
+        weights, biases = zip(*self.fold(), strict=True)
+        maps = [F.conv2d(feature, weight) for feature, weight in zip(features, weights, strict=True)]
+        maps[-1] = maps[-1] + sum(biases)[:, None, None]  # of the smallest map, where its gradient is cheap
+        fused = _upsampled_sum(maps)
         activated = F.relu(self.linear_fuse.bn(fused), inplace=True)
         logits: Tensor = self.linear_pred(self.dropout(activated))
         return logits
@@ -132,5 +133,5 @@ def _upsampled_sum(maps: Sequence[Tensor]) -> Tensor:
     """Σ of maps, each brought to the size of the first, which is overwritten: the largest maps of the network."""
     total = maps[0]
     for smaller in maps[1:]:
-        total += upsampled(smaller, total.shape[-2:])
+        add_upsampled(total, smaller)
     return total

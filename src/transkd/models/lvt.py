@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transkd.errors import UserError
+from transkd.models.attention import attend
 from transkd.models.mit import to_tokens
 from transkd.patch_embedding import OverlapPatchEmbedding, init_vision_weights
 from transkd.token_linear import TokenLinear
@@ -95,12 +96,10 @@ class AtrousAttention(nn.Module):
         weight, groups = self.atrous.weight, self.atrous.groups
         scales = [F.silu(F.conv2d(queries, weight, padding=d, dilation=d, groups=groups)) for d in self.DILATIONS]
         query = channels_last(reduce(torch.add, scales)).contiguous()  # fast attention wants channels side by side
-        query = query.view(x.shape[0], -1, self.heads, x.shape[3] // self.heads).transpose(1, 2)
 
         context = self.norm(channels_last(self.sr(channels_first(x)))) if self.reduction > 1 else x
-        key, value = self.kv(context.flatten(1, 2)).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).flatten(2)).view(x.shape)
+        attended = attend(query.flatten(1, 2), self.kv(context.flatten(1, 2)), self.heads)
+        return self.proj(attended).view(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, H, W, C] to map [B, H, W, C]."""

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transkd.errors import UserError
+from transkd.models.attention import attend
 from transkd.patch_embedding import OverlapPatchEmbedding, init_vision_weights
 from transkd.token_linear import TokenLinear
 
 __all__ = ["MixTransformer"]
-
-BLOCKS = 256  # of work at once, for a GPU with about half as many multiprocessors
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -29,20 +28,6 @@ def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 def to_tokens(feature_map: Tensor) -> Tensor:
     """View a map [B, C, H, W] as tokens [B, N, C]; no copy when the map is channels-last in memory."""
     return feature_map.flatten(2).transpose(1, 2)
-
-
-def query_parts(query: Tensor, heads: int, keys: int) -> int:
-    """Into how many parts to cut the queries [B, N, C] so that the backward pass of attention keeps a GPU busy.
-
-    In float32 PyTorch shares it out over blocks of 64 keys, each of which goes through all queries of its image and
-    head; where keys come from a shrunk map there are few blocks (docs/performance.md).
-    """
-    if query.device.type != "cuda" or query.dtype != torch.float32 or not query.requires_grad:
-        return 1
-    parts, blocks = 1, len(query) * heads * -(-keys // 64)
-    while parts * blocks < BLOCKS and query.shape[1] % (2 * parts) == 0:
-        parts *= 2
-    return parts
 
 
 class EfficientAttention(nn.Module):
@@ -64,15 +49,7 @@ class EfficientAttention(nn.Module):
         context = tokens
         if self.reduction > 1:
             context = self.norm(to_tokens(self.sr(to_map(tokens, grid))))
-        query, pair = self.q(tokens), self.kv(context)
-        parts = query_parts(query, self.heads, context.shape[1])
-        if parts > 1:  # each part sees all keys, as an image of its own
-            query = query.reshape(tokens.shape[0] * parts, -1, query.shape[2])
-            pair = pair.repeat_interleave(parts, dim=0)
-        query = query.unflatten(2, (self.heads, -1)).transpose(1, 2)
-        key, value = pair.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).reshape(tokens.shape))
+        return self.proj(attend(self.q(tokens), self.kv(context), self.heads))
 
 
 class DepthwiseConv(nn.Module):
