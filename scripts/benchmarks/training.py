@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from benchmarks import measure
 from benchmarks.forward import draw_out, drawn_out_attention, roughen
 from transkd.cli import CONF, explain
-from transkd.compiling import compile_in_place
+from transkd.device import compile_in_place, set_memory_format
 from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.models import FrozenTeacher, Network, SegformerHead, Segmenter
@@ -35,7 +35,7 @@ COMPILED_TOLERANCE = {torch.float32: (1e-3, 2e-2), torch.bfloat16: (1e-2, 1e-1)}
 CORNER = (256, 512)  # of at most two images, on which gradients are compared
 
 CHOICES = ("teacher-graph", "unfolded", "explicit-attention", "plain-layers")
-AGAINST = {"drawn-out": CHOICES, **{choice: (choice,) for choice in CHOICES}}
+AGAINST = {"drawn-out": CHOICES, **{choice: (choice,) for choice in (*CHOICES, "checkpointing")}}
 """What ``--against`` names, and the choices that it stands for."""
 
 
@@ -87,8 +87,8 @@ def build_parts(cfg: DictConfig, device: torch.device, optimizer: bool = False) 
         roughen(network)
     for part in filter(None, (student, teacher, criterion)):
         leave_nothing_out(part.train().to(device))
-        if device.type == "cpu":  # as transkd.train does by itself
-            part.to(memory_format=torch.channels_last)
+    cfg.trainer.accelerator = "cpu" if device.type == "cpu" else "auto"
+    set_memory_format(cfg, student, teacher, criterion)
     parts = Parts(student, teacher, criterion, None)
     return parts._replace(optimizer=instantiate(cfg.optim.optimizer)(parts.trained())) if optimizer else parts
 
@@ -149,7 +149,8 @@ class Step:
         choices: of ``CHOICES``; without any it is what ``transkd.distiller`` does. ``teacher-graph`` neither freezes
             the teacher nor spares its head, and backward goes through it; ``unfolded`` draws out both decode heads;
             ``explicit-attention`` holds each attention matrix in memory; ``plain-layers`` computes
-            linear layers by ``F.linear`` and leaves weights as PyTorch lays them out.
+            linear layers by ``F.linear`` and leaves weights as PyTorch lays them out. One more is none of a first
+            implementation: ``checkpointing`` lets the student compute its activations again in the backward pass.
         compiled: the mode of ``torch.compile`` in which networks and terms are compiled, as ``transkd.train`` does it,
             in a copy of the parts; None for none.
         dtype: bfloat16 computes the step under autocast; the weights stay as they are.
@@ -162,7 +163,10 @@ class Step:
         compiled: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        parts = copy.deepcopy(parts) if compiled or "plain-layers" in choices else parts
+        if compiled or {"plain-layers", "checkpointing"} & set(choices):
+            parts = copy.deepcopy(parts)
+        if "checkpointing" in choices:
+            parts.student.checkpoint_activations()
         if "plain-layers" in choices:
             for part in filter(None, parts[:3]):
                 part.to(memory_format=torch.contiguous_format)

@@ -16,9 +16,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from transkd.cli import save_resolved
-from transkd.compiling import check_compiler, compile_in_place
 from transkd.data import SegmentationDataModule
 from transkd.data.datamodule import collate
+from transkd.device import check_device, compile_parts, in_channels_last, set_memory_format
 from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.losses import Criterion
@@ -53,8 +53,7 @@ def run(cfg: DictConfig) -> None:
     torch.set_float32_matmul_precision("high")
     if cfg.keep_freed_memory:
         keep_freed_memory()
-    if cfg.compile:
-        check_compiler(training_device(cfg), compile_mode(cfg))
+    check_device(cfg)
     L.seed_everything(cfg.seed, verbose=False)
 
     data: SegmentationDataModule = instantiate(cfg.data)
@@ -166,39 +165,6 @@ def build_criterion(cfg: DictConfig, student: Network) -> tuple[Criterion, Netwo
         teacher = instantiate(cfg.teacher.network)
         cfg.channels.teacher = list(teacher.channels)
     return instantiate(cfg.criterion), teacher
-
-
-def in_channels_last(cfg: DictConfig) -> bool:
-    """Whether weights and images are laid out channels-last; ``auto``: on a CPU, where it was measured to pay."""
-    if cfg.channels_last not in (True, False, "auto"):
-        raise UserError(f"channels_last={cfg.channels_last}: expected true, false or auto")
-    return training_device(cfg).type == "cpu" if cfg.channels_last == "auto" else cfg.channels_last
-
-
-def set_memory_format(cfg: DictConfig, *parts: torch.nn.Module | None) -> None:
-    """Lay the weights out as the configuration says; the Distiller does so with the images."""
-    if in_channels_last(cfg):
-        for part in filter(None, parts):
-            part.to(memory_format=torch.channels_last)
-
-
-def compile_mode(cfg: DictConfig) -> str:
-    """The mode of ``torch.compile``; ``compile=true`` is its default one."""
-    return "default" if cfg.compile is True else str(cfg.compile)
-
-
-def compile_parts(cfg: DictConfig, criterion: Criterion, *networks: Network | None) -> None:
-    """Where that is asked for, compile networks and terms; weights and schedules stay plain Python."""
-    if cfg.compile:
-        parts = (*networks, *criterion.terms.values())
-        looks_back = bool(cfg.gradients_every or criterion.shares)
-        compile_in_place(*filter(None, parts), mode=compile_mode(cfg), keep_graph=looks_back)
-
-
-def training_device(cfg: DictConfig) -> torch.device:
-    """The kind of device that Lightning will train on."""
-    found = None if cfg.trainer.accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True)
-    return found or torch.device("cpu")
 
 
 def check_schedules(cfg: DictConfig, criterion: Criterion, data: SegmentationDataModule) -> None:

@@ -291,6 +291,16 @@ def test_a_batch_without_a_gradient_sets_no_weight():
     assert held.weights["kd"] is None
 
 
+def test_a_term_that_never_has_a_gradient_is_named_once(caplog):
+    entries = {"kd": {"term": Scaled(0.0), "weight": "auto(0.3)"}, "at": {"term": Scaled(1.0), "weight": "auto(0.1)"}}
+    held = Criterion({"task": {"term": Scaled(2.0), "weight": 4.0}, **entries})
+    weight = nn.Parameter(torch.tensor(1.0))
+    for step in range(25):
+        held(*outputs(weight), parameters=[weight])
+        assert len(caplog.messages) == (step >= 9)
+    assert "in 10 steps, so all of them are 0: the student learns nothing from kd." in caplog.text
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"start": 0.999}, {"start": 0.9, "rise": 0.05}, {"rise": 0.5, "end": 0.05}, {"start": 0.51, "end": 0.55},

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from transkd.errors import UserError
 from transkd.losses._checks import check_needs, name_of
 from transkd.losses.criteria import widen
 from transkd.outputs import SegmentationOutput
+from transkd.upsampling import upsampled
 
 __all__ = [
     "GRIDS",
@@ -64,7 +64,7 @@ def on_grid(
 def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
     if maps.shape[-2:] == torch.Size(size):
         return widen(maps)
-    return F.interpolate(widen(maps), size=tuple(size), mode="bilinear", align_corners=False)
+    return upsampled(widen(maps), size)
 
 
 def labels_on_grid(target: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Named, weighted terms: the one place that knows the weights."""
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from transkd.losses.schedule import Progress, Schedule
 from transkd.outputs import EVERYTHING, SegmentationOutput
 
 __all__ = ["Criterion", "CriterionOutput"]
+
+logger = logging.getLogger("transkd.losses")
 
 REQUIRED, OPTIONAL = {"term", "weight"}, {"schedule"}
 AUTO = re.compile(r"auto\((.+)\)")
@@ -42,7 +45,8 @@ class Criterion(nn.Module):
     gradients. Nor is one computed while its schedule is at 0, and the teacher need not run for it.
 
     A weight of ``auto(s)`` is set on the first steps so that the term's gradient on the student has s times the norm
-    of the task's: the mean over 10 steps of ``s·‖∇task‖ / ‖∇term‖``, then fixed. It is saved with the state.
+    of the task's: the mean over 10 steps of ``s·‖∇task‖ / ‖∇term‖``, then fixed. It is saved with the state. Steps at
+    which an automatic term has no gradient do not count, for none of them; ten such steps are warned of.
 
     Args:
         terms: for each name ``{"term": module, "weight": number or "auto(s)", "schedule": Schedule or absent}``, the
@@ -87,6 +91,7 @@ class Criterion(nn.Module):
             self.register_buffer("auto_sums", torch.zeros(len(self.shares), dtype=torch.float64))
             self.register_buffer("auto_steps", torch.tensor(0))
         self._calibrated = not self.shares  # known to Python, since a look at auto_steps waits for the device
+        self._passed_over = 0
 
     @property
     def weights(self) -> dict[str, float | None]:
@@ -186,9 +191,20 @@ class Criterion(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(ratios)
             ratios /= torch.distributed.get_world_size()
-        if ratios.isfinite().all():  # a batch from which a term learns nothing says nothing of its weight
+        finite = ratios.isfinite().tolist()
+        if all(finite):
             self.auto_sums += ratios
             self.auto_steps += 1
+            return
+        self._passed_over += 1  # a batch from which a term learns nothing says nothing of its weight
+        if self._passed_over == CALIBRATION_STEPS:
+            names = [name for name, known in zip(self.shares, finite, strict=True) if not known]
+            logger.warning(
+                "No automatic weight could be set in %d steps, so all of them are 0: the student learns nothing from "
+                "%s. Look at what these terms read, or give them numbers as weights.",
+                CALIBRATION_STEPS,
+                ", ".join(names),
+            )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -1,13 +1,35 @@
-"""torch.compile in a run: whether this machine can, and what is compiled."""
+"""What is set for the device that a run trains on: compiled code and the layout of weights."""
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from transkd.errors import UserError
+from transkd.losses import Criterion
 
-__all__ = ["check_compiler", "compile_in_place"]
+__all__ = [
+    "check_compiler",
+    "check_device",
+    "compile_in_place",
+    "compile_parts",
+    "in_channels_last",
+    "set_memory_format",
+    "training_device",
+]
 
 NEEDED = {"cpu": "a C++ compiler such as g++", "cuda": "triton and a C compiler such as gcc"}
+
+
+def training_device(cfg: DictConfig) -> torch.device:
+    """The kind of device that Lightning will train on."""
+    found = None if cfg.trainer.accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
+
+
+def check_device(cfg: DictConfig) -> None:
+    """See at the start that what is asked for can be had: compiling comes after the teacher's own training."""
+    if cfg.compile:
+        check_compiler(training_device(cfg), compile_mode(cfg))
 
 
 def check_compiler(device: torch.device, mode: str = "default") -> None:
@@ -53,3 +75,30 @@ def compile_in_place(*modules: nn.Module, mode: str = "default", keep_graph: boo
         torch._functorch.config.donated_buffer = False
     for module in modules:
         module.compile(mode=mode)
+
+
+def compile_mode(cfg: DictConfig) -> str:
+    """The mode of ``torch.compile``; ``compile=true`` is its default one."""
+    return "default" if cfg.compile is True else str(cfg.compile)
+
+
+def compile_parts(cfg: DictConfig, criterion: Criterion, *networks: nn.Module | None) -> None:
+    """Where that is asked for, compile networks and terms; weights and schedules stay plain Python."""
+    if cfg.compile:
+        parts = (*networks, *criterion.terms.values())
+        looks_back = bool(cfg.gradients_every or criterion.shares)
+        compile_in_place(*filter(None, parts), mode=compile_mode(cfg), keep_graph=looks_back)
+
+
+def in_channels_last(cfg: DictConfig) -> bool:
+    """Whether weights and images are laid out channels-last; ``auto``: on a CPU, where it was measured to pay."""
+    if cfg.channels_last not in (True, False, "auto"):
+        raise UserError(f"channels_last={cfg.channels_last}: expected true, false or auto")
+    return training_device(cfg).type == "cpu" if cfg.channels_last == "auto" else cfg.channels_last
+
+
+def set_memory_format(cfg: DictConfig, *parts: nn.Module | None) -> None:
+    """Lay the weights out as the configuration says; the Distiller does so with the images."""
+    if in_channels_last(cfg):
+        for part in filter(None, parts):
+            part.to(memory_format=torch.channels_last)

@@ -11,9 +11,9 @@ from runs import composed, results, student
 from torch import nn
 from torch._dynamo.utils import counters
 
-from transkd import run as run_module
-from transkd.compiling import check_compiler, compile_in_place
+from transkd import device
 from transkd.data.classes import CLASS_SETS
+from transkd.device import check_compiler, compile_in_place
 from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.losses import Criterion, KDLoss, Progress, Schedule, TaskCrossEntropy
@@ -160,7 +160,7 @@ def test_an_unknown_mode_stops_the_run_at_once(tmp_path):
 @pytest.mark.slow
 def test_a_machine_that_has_no_compiler(tmp_path):
     """In a process of its own, where no compiler was looked for yet."""
-    program = "import torch; from transkd.compiling import check_compiler; check_compiler(torch.device('cpu'))"
+    program = "import torch; from transkd.device import check_compiler; check_compiler(torch.device('cpu'))"
     missing = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": ""}
     environment = {"PYTHONPATH": ":".join(sys.path), **missing}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
@@ -196,19 +196,19 @@ def test_channels_last_gives_the_same_loss(tmp_path):
 
     held.eval(), networks[0].eval()  # the same statistics twice, no dropout
     expected = loss(image)
-    run_module.set_memory_format(composed(tmp_path, "run", "channels_last=true"), *networks)
+    device.set_memory_format(composed(tmp_path, "run", "channels_last=true"), *networks)
     weight = networks[0].encoder.patch_embed1.proj.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(loss(image.to(memory_format=torch.channels_last)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_channels_last_by_itself_is_for_a_cpu(tmp_path, monkeypatch):
-    assert run_module.in_channels_last(composed(tmp_path, "run", "trainer.accelerator=cpu"))
-    monkeypatch.setattr(run_module, "training_device", lambda cfg: torch.device("cuda"))
+    assert device.in_channels_last(composed(tmp_path, "run", "trainer.accelerator=cpu"))
+    monkeypatch.setattr(device, "training_device", lambda cfg: torch.device("cuda"))
     for said, expected in (("auto", False), ("true", True), ("false", False)):
-        assert run_module.in_channels_last(composed(tmp_path, "run", f"channels_last={said}")) == expected
+        assert device.in_channels_last(composed(tmp_path, "run", f"channels_last={said}")) == expected
     with pytest.raises(UserError, match="channels_last=perhaps: expected true, false or auto"):
-        run_module.in_channels_last(composed(tmp_path, "run", "channels_last=perhaps"))
+        device.in_channels_last(composed(tmp_path, "run", "channels_last=perhaps"))
 
 
 def test_a_run_in_channels_last(tmp_path):
