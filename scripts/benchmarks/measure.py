@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from transkd.errors import UserError
@@ -218,13 +218,10 @@ def operator_shares(run: Run, device: torch.device, rounds: int = 3) -> dict[str
     """Share of a run's time by operator, largest first; depth-wise convolutions stand apart from the others."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    # in the first round under the profiler memory comes from the system, which clears it
-    with profile(
-        activities=activities, record_shapes=True, schedule=schedule(wait=0, warmup=1, active=rounds)
-    ) as profiler:
-        for _ in range(1 + rounds):
-            run()
-            profiler.step()
+    for _ in range(2):  # under the first one memory comes from the system, which clears it
+        with profile(activities=activities, record_shapes=True) as profiler:
+            for _ in range(rounds):
+                run()
     spent: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages(group_by_input_shape=True):
         shapes = event.input_shapes
