@@ -33,8 +33,13 @@ STAT = Path("/proc/stat")
 Run = Callable[[], Any]
 
 
-def take_turns(runs: Mapping[str, Run], rounds: int, calm: bool = False, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every run, by name: after the warm-up each runs once a round, in the order given.
+def take_turns(
+    runs: Mapping[str, Run], rounds: int, calm: bool = False, warmup: int = 2, settled: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of every run, by name: after the warm-up each has its turn in every round, in the order given.
+
+    In its turn each runs twice where ``settled``, and the second time counts: in use it follows its like, not an
+    alternative that left other things in the caches and holes of other sizes in memory.
 
     With ``calm`` a round waits until other processes leave the machine alone, and is repeated where they did not until
     its end. What is thrown away is decided by their processor time, never by ours.
@@ -47,7 +52,7 @@ def take_turns(runs: Mapping[str, Run], rounds: int, calm: bool = False, warmup:
         if calm:
             wait_for_calm()
         others, start = others_seconds() if calm else 0, time.perf_counter()
-        once = {name: _seconds_of(run) for name, run in runs.items()}
+        once = {name: _seconds_of(run, settled) for name, run in runs.items()}
         if calm and others_seconds() - others > CALM * (time.perf_counter() - start):
             continue
         for name, taken in once.items():
@@ -55,7 +60,9 @@ def take_turns(runs: Mapping[str, Run], rounds: int, calm: bool = False, warmup:
     return seconds
 
 
-def _seconds_of(run: Run) -> float:
+def _seconds_of(run: Run, settled: bool) -> float:
+    if settled:
+        run()
     start = now()
     run()
     return now() - start
@@ -192,6 +199,7 @@ def measure_costs(
     reference: str | None = None,
     arithmetic: Mapping[str, Run] | None = None,
     memory: Callable[[Run, torch.device], float | None] = peak_memory_mb,
+    settled: bool = True,
 ) -> list[Cost]:
     """Time, arithmetic and memory of every alternative.
 
@@ -202,8 +210,9 @@ def measure_costs(
         arithmetic: runs to count in place of those by the same names; what is ``COMPILED`` hides its arithmetic, and
             the run of the same name without that is counted for it.
         memory: how the peak is found.
+        settled: whether each is timed when it has just run.
     """
-    seconds = take_turns(runs, args.rounds, args.calm)
+    seconds = take_turns(runs, args.rounds, args.calm, settled=settled)
     base = statistics.median(seconds[reference or next(iter(runs))])
     counted = {name: runs.get(name.removesuffix(COMPILED), run) for name, run in runs.items()} | dict(arithmetic or {})
     costs = []

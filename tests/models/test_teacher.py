@@ -1,10 +1,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from transkd.errors import UserError
 from transkd.losses import CSFLoss, PEALoss
 from transkd.models import FrozenTeacher
-from transkd.outputs import EVERYTHING
+from transkd.outputs import EVERYTHING, SegmentationOutput
+from transkd.token_linear import TokenLinear
 
 IMAGE = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -89,3 +92,104 @@ def test_terms_can_run_backward_through_its_outputs(holder, b0):
 def test_calling_it_leaves_gradients_on(holder):
     holder.teacher(IMAGE)
     assert torch.is_grad_enabled()
+
+
+# Under autocast
+
+
+class Casts(TorchDispatchMode):
+    """Counts what is cast from float32 to a half type."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten._to_copy and args[0].dtype == torch.float32:
+            self.count += (kwargs or {}).get("dtype") in (torch.bfloat16, torch.float16)
+        return function(*args, **(kwargs or {}))
+
+
+def seen(network, dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype):
+        output = network(IMAGE)
+    return [output.logits, *output.features, *output.embeddings]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_sees_the_same(b0, dtype):
+    with torch.no_grad():
+        expected = seen(b0.eval(), dtype)
+    teacher = FrozenTeacher(b0)
+    for _ in range(2):
+        assert all(map(torch.equal, seen(teacher, dtype), expected))
+    with torch.no_grad():
+        assert all(map(torch.equal, seen(b0, dtype), expected))
+
+
+def test_under_autocast_weights_are_cast_once_and_stay_as_they_are(b0):
+    teacher = FrozenTeacher(b0)
+    before = dict(b0.named_parameters())
+    values = {name: weight.clone() for name, weight in before.items()}
+    counts = []
+    for _ in range(3):
+        with Casts() as casts:
+            seen(teacher)
+        counts.append(casts.count)
+    layers = [layer for layer in b0.modules() if type(layer) in (nn.Linear, TokenLinear, nn.Conv2d)]
+    weights = sum(1 for layer in layers for _ in layer.parameters(recurse=False))
+    assert counts[0] - counts[1] == weights > 100
+    assert counts[1] == counts[2]
+    for name, weight in b0.named_parameters():
+        assert weight is before[name]
+        assert torch.equal(weight, values[name])
+
+
+@pytest.mark.parametrize("change", ["loaded", "in place", "moved", "another type"])
+def test_under_autocast_it_follows_its_weights(b0, change):
+    teacher = FrozenTeacher(b0)
+    seen(teacher)
+    dtype = torch.bfloat16
+    if change == "loaded":
+        b0.load_state_dict({name: value * 0.9 for name, value in b0.state_dict().items()})
+    elif change == "in place":
+        with torch.no_grad():
+            b0.encoder.patch_embed1.proj.weight.mul_(0.5)
+    elif change == "moved":
+        teacher.double().float()
+        b0.encoder.patch_embed1.proj.weight.data = b0.encoder.patch_embed1.proj.weight.data * 2
+    else:
+        dtype = torch.float16
+    with torch.no_grad():
+        expected = seen(b0, dtype)
+    assert all(map(torch.equal, seen(teacher, dtype), expected))
+
+
+def test_a_mistake_under_autocast_leaves_the_weights(b0):
+    teacher = FrozenTeacher(b0)
+    with pytest.raises(UserError), torch.autocast("cpu", torch.bfloat16):
+        teacher(IMAGE[:, :1])
+    assert {weight.dtype for weight in b0.parameters()} == {torch.float32}
+
+
+class HalfWeight(nn.Conv2d):
+    """A layer that looks at its weight before it uses it, as weight standardisation does."""
+
+    def forward(self, image):
+        assert self.weight.dtype == torch.float32
+        return nn.functional.conv2d(image, self.weight / self.weight.norm())
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = HalfWeight(3, 4, 1), nn.Conv2d(4, 5, 1, bias=False)
+
+    def forward(self, image, needs):
+        assert self.second.weight.dtype == torch.bfloat16
+        return SegmentationOutput(self.second(self.first(image / 255)), (), (), image)
+
+
+def test_a_layer_of_another_kind_keeps_its_weight():
+    with torch.autocast("cpu", torch.bfloat16):
+        FrozenTeacher(Odd())(IMAGE)

@@ -132,11 +132,12 @@ def test_libraries_have_segformers_alone():
     assert "has no pvt_v2_b0" in one_line_error(run, "--network", "pvt_v2_b0", "--against", "transformers")
 
 
-def test_turns():
+@pytest.mark.parametrize(("settled", "expected"), [(True, "ab aabb aabb"), (False, "ab ab ab")])
+def test_turns(settled, expected):
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = measure.take_turns(runs, rounds=2, warmup=1)
-    assert "".join(order) == "ababab"
+    seconds = measure.take_turns(runs, rounds=2, warmup=1, settled=settled)
+    assert "".join(order) == expected.replace(" ", "")
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
 
 
@@ -147,7 +148,7 @@ def test_disturbed_rounds_are_repeated(monkeypatch):
     waits = []
     monkeypatch.setattr(measure, "wait_for_calm", lambda: waits.append(None))
     order = []
-    seconds = measure.take_turns({"a": lambda: order.append("a")}, rounds=2, calm=True, warmup=0)
+    seconds = measure.take_turns({"a": lambda: order.append("a")}, rounds=2, calm=True, warmup=0, settled=False)
     assert (len(seconds["a"]), len(order), len(waits)) == (2, 3, 3)
 
 
