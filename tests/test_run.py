@@ -132,6 +132,13 @@ def test_resuming_after_a_real_kill(base, tmp_path):
     assert_identical(student(tmp_path, "second"), student(tmp_path, "undisturbed"))
 
 
+@pytest.mark.parametrize("change", ["distill=kd", "student=lvt"])
+def test_a_checkpoint_of_another_run_is_one_clear_mistake(base, killed_in_epoch_2, monkeypatch, change):
+    monkeypatch.chdir(base)
+    with pytest.raises(UserError, match=r"ckpt_path=.*is of a run with another student.*killed/config\.yaml"):
+        run(composed(base, "outputs/resumed/other", *killed_in_epoch_2, change, "ckpt_path=last"))
+
+
 def test_nothing_to_resume_from(base, monkeypatch):
     monkeypatch.chdir(base)
     with pytest.raises(UserError, match=r"ckpt_path=last: no checkpoints/last.ckpt in any run under .*outputs/never"):

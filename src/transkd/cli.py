@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
@@ -92,9 +92,7 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     key = str(getattr(error, "full_key", None) or getattr(error, "key", None))
     parent = getattr(error, "parent_node", None)
     names = sorted(str(name) for name in parent) if isinstance(parent, DictConfig) else []
-    near = get_close_matches(key.rsplit(".", 1)[-1], names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    return f"unknown setting {key}{hint} There are: {', '.join(names)}. A new one is added with +{key}=…"
+    return f"unknown setting {key}{_alternatives(key.rsplit('.', 1)[-1], names)} A new one is added with +{key}=…"
 
 
 def _unknown_target(target: str, key: str) -> str:
@@ -103,10 +101,14 @@ def _unknown_target(target: str, key: str) -> str:
         names = sorted(getattr(import_module(parent), "__all__", ()))
     except ImportError:
         return f"{key}._target_={target}: there is no module {parent} to import it from"
+    return f"{key}._target_={target}: {parent} has no {name}{_alternatives(name, names)}"
+
+
+def _alternatives(name: str, names: Sequence[str]) -> str:
+    """The end of a sentence: the nearest of the names there are, and all of them."""
     near = get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    there_are = f" There are: {', '.join(names)}." if names else ""
-    return f"{key}._target_={target}: {parent} has no {name}{hint}{there_are}"
+    hint = f"; did you mean {near[0]}?" if near else "."
+    return f"{hint} There are: {', '.join(names)}." if names else hint
 
 
 def save_resolved(cfg: DictConfig, path: Path) -> None:

@@ -244,7 +244,16 @@ def build_side_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
 
 def fit(trainer: L.Trainer, distiller: Distiller, data: SegmentationDataModule, ckpt_path: str | None = None) -> None:
     """Train to the end, or stop with a word on how to go on."""
-    trainer.fit(distiller, datamodule=data, ckpt_path=ckpt_path)
+    try:
+        trainer.fit(distiller, datamodule=data, ckpt_path=ckpt_path)
+    except RuntimeError as error:
+        if ckpt_path is None or "loading state_dict" not in str(error):
+            raise
+        details = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"ckpt_path={ckpt_path} is of a run with another student, other terms or another student.lora; go on with "
+            f"that run's settings, {Path(ckpt_path).parents[1] / 'config.yaml'} ({details} …)"
+        ) from error
     if trainer.interrupted:
         raise UserError(f"interrupted at epoch {trainer.current_epoch}; go on with ckpt_path=last")
 
