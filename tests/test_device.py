@@ -17,7 +17,15 @@ from transkd.device import check_compiler, compile_in_place
 from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.losses import Criterion, KDLoss, Progress, Schedule, TaskCrossEntropy
-from transkd.models import FrozenTeacher, MixTransformer, SegformerHead, Segmenter, load_segmenter
+from transkd.models import (
+    FrozenTeacher,
+    MixTransformer,
+    SegformerHead,
+    Segmenter,
+    add_lora,
+    create_segmenter,
+    load_segmenter,
+)
 from transkd.run import run
 
 WIDTHS = {"student": (8, 16, 24, 32), "teacher": (16, 16, 24, 32)}
@@ -137,6 +145,46 @@ def test_names_and_copies_stay_plain(eager_backend):
     torch.testing.assert_close(compiled.eval()(image).logits, plain.eval()(image).logits)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(copy.deepcopy(compiled)(image).logits, plain(image).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lvt", "pvt_v2_b0", "deeplabv3plus_resnet101", "convnext_atto", "segformer_b0 LoRA"])
+def test_every_kind_of_network_compiles_whole(eager_backend, name):
+    name, adapted = name.split()[0], "LoRA" in name
+    built = create_segmenter(name, 19)
+    if adapted:
+        add_lora(built, rank=4, train=("norm",), keep_drop_path=False)
+    ours = built.eval()  # without dropout and drawn paths
+    image, target = batch()
+
+    def outcome():
+        ours.zero_grad()
+        loss = TaskCrossEntropy()(ours(image), None, target)
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in ours.parameters() if p.grad is not None]
+
+    expected = outcome()
+    counters.clear()
+    compile_in_place(ours)
+    torch.testing.assert_close(outcome(), expected, rtol=1e-4, atol=1e-5)
+    outcome()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_compiled_code_under_autocast(tmp_path, eager_backend):
+    held, ours, theirs = criterion_of(tmp_path, "transkd_base"), network().eval(), network("teacher")
+    image, target = batch()
+    teacher = FrozenTeacher(theirs)
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16):
+            return held(ours(image), teacher(image, held.needs), target).total
+
+    expected = loss()
+    compile_in_place(ours, theirs, *held.terms.values())
+    torch.testing.assert_close(loss(), expected, rtol=1e-3, atol=1e-3)
+    assert {p.dtype for p in theirs.parameters()} == {torch.float32}
 
 
 def test_without_a_compiler_the_run_stops_at_once(tmp_path, monkeypatch):

@@ -15,12 +15,15 @@ def evaluate(cfg: "DictConfig") -> None:
     from hydra.utils import instantiate
 
     from transkd.errors import UserError
+    from transkd.memory import keep_freed_memory
     from transkd.models import load_segmenter, load_weights
     from transkd.models.weights import read_weights
     from transkd.report import describe_scores, print_scores, sha256, versions, write_results
     from transkd.run import quiet_lightning, score
 
     quiet_lightning()
+    if cfg.keep_freed_memory:
+        keep_freed_memory()
     data = instantiate(cfg.data)
     weights = read_weights(cfg.weights)
     if weights.recipe is not None:

@@ -61,10 +61,13 @@ def predict(cfg: "DictConfig") -> None:
     from rich.progress import track
 
     from transkd.data.dataset import read_image
+    from transkd.memory import keep_freed_memory
     from transkd.models import load_segmenter
     from transkd.pictures import colourise, overlay, palette_of, save_image
 
     base, images = find_images(str(cfg.input))
+    if cfg.keep_freed_memory:
+        keep_freed_memory()
     network, card = load_segmenter(cfg.weights)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     network.to(device).eval()
