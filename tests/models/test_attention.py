@@ -75,6 +75,29 @@ def test_all_else_is_pytorch_s_own(convolved, monkeypatch, change):
     assert torch.equal(attended, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+def trace(module, *inputs):
+    return torch.jit.trace(module, inputs, check_trace=False)  # which would run the module once more, as it is
+
+
+def export(module, *inputs):
+    return torch.export.export(module, inputs).module()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("written", [trace, export])
+def test_code_that_is_written_out_is_pytorch_s_own(convolved, written):
+    class Module(torch.nn.Module):
+        def forward(self, query, pair):
+            return attention.attend(query, pair, 3)
+
+    query, pair, heads = drawn()
+    with torch.no_grad():
+        attended = written(Module(), query, pair)(query, pair)
+        assert not convolved
+        torch.testing.assert_close(attended, attention.attend(query, pair, heads), rtol=1e-5, atol=1e-5)
+    assert convolved
+
+
 def test_a_weight_that_learns_is_no_reason_under_no_grad(convolved):
     query, pair, heads = drawn()
     with torch.no_grad():

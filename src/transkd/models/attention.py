@@ -59,9 +59,11 @@ def convolution_pays(query: Tensor, pair: Tensor, heads: int) -> bool:
     """Whether attention is wanted as ``_convolved`` computes it, a third quicker: MKL multiplies in PyTorch's."""
     if torch.is_grad_enabled() and (query.requires_grad or pair.requires_grad):
         return False
-    if not ONEDNN or query.device.type != "cpu" or query.dtype != torch.float32 or torch.compiler.is_compiling():
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if traced or torch.compiler.is_compiling():  # which would write the loop out for one size
         return False
-    return heads * query.shape[1] * pair.shape[1] >= SCORES
+    usable = ONEDNN and query.device.type == "cpu" and query.dtype == torch.float32
+    return usable and heads * query.shape[1] * pair.shape[1] >= SCORES
 
 
 def _convolved(query: Tensor, pair: Tensor, heads: int) -> Tensor:
