@@ -153,7 +153,7 @@ def test_every_kind_of_network_compiles_whole(eager_backend, name):
     name, adapted = name.split()[0], "LoRA" in name
     built = create_segmenter(name, 19)
     if adapted:
-        add_lora(built, rank=4, train=("norm",), keep_drop_path=False)
+        add_lora(built, rank=4)
     ours = built.eval()  # without dropout and drawn paths
     image, target = batch()
 
