@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["TokenLinear", "token_linear"]
+__all__ = ["TokenLinear", "convolved_row", "token_linear"]
 
 ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
@@ -29,8 +29,14 @@ def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if not ONEDNN or x.device.type != "cpu" or x.dtype == torch.float64 or x.numel() == 0:
         return F.linear(x, weight, bias)
+    return convolved_row(x, weight, bias)
+
+
+def convolved_row(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    """Tokens [..., in] to [..., out] as a convolution; weight [out, in / groups], each group for its own channels."""
     row = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, in, 1, tokens], channels-last
-    return F.conv2d(row, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    row = F.conv2d(row, weight[:, :, None, None], bias, groups=groups)
+    return row.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 class TokenLinear(nn.Linear):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transkd.token_linear import ONEDNN
+from transkd.token_linear import ONEDNN, convolved_row
 
 __all__ = ["attend"]
 
@@ -70,21 +70,10 @@ def _convolved(query: Tensor, pair: Tensor, heads: int) -> Tensor:
     """The attention of one image as 1×1 convolutions with a group for each head: [N, C] to [N, C]."""
     key, value = torch.unflatten(pair, 1, (2, heads, -1)).unbind(1)  # [M, heads, d]
     keys, _, width = key.shape
-    scores_of = (key * width**-0.5).transpose(0, 1).reshape(heads * keys, width, 1, 1)
-    mean_of = value.permute(1, 2, 0).reshape(heads * width, keys, 1, 1)
+    scores_of = (key * width**-0.5).transpose(0, 1).reshape(heads * keys, width)
+    mean_of = value.permute(1, 2, 0).reshape(heads * width, keys)
     attended = []
     for rows in torch.split(query, max(256, SCORES // (heads * keys))):
-        scores = _as_rows(F.conv2d(_as_image(rows), scores_of, groups=heads))
-        shares = torch.unflatten(scores, 1, (heads, keys)).softmax(2).flatten(1)
-        attended.append(_as_rows(F.conv2d(_as_image(shares), mean_of, groups=heads)))
+        scores = torch.unflatten(convolved_row(rows, scores_of, groups=heads), 1, (heads, keys))
+        attended.append(convolved_row(scores.softmax(2).flatten(1), mean_of, groups=heads))
     return torch.cat(attended)
-
-
-def _as_image(rows: Tensor) -> Tensor:
-    """[N, C] as an image of one row, [1, C, 1, N], channels-last in memory."""
-    return rows[None, None].permute(0, 3, 1, 2)
-
-
-def _as_rows(image: Tensor) -> Tensor:
-    """The way back."""
-    return image.permute(0, 2, 3, 1)[0, 0]

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from transkd.errors import UserError
+from transkd.upsampling import upsampled
 
 __all__ = ["DeepLabV3PlusHead"]
 
@@ -54,7 +54,7 @@ class DeepLabV3PlusHead(nn.Module):
             raise UserError(
                 "DeepLabV3+ cannot train on a batch of one image (BatchNorm of its pooled branch); take two"
             )
-        context = F.interpolate(self.aspp(deep), size=shallow.shape[-2:], mode="bilinear", align_corners=False)
+        context = upsampled(self.aspp(deep), shallow.shape[-2:])
         logits: Tensor = self.classifier(self.decode(torch.cat([self.reduce(shallow), context], dim=1)))
         return logits
 

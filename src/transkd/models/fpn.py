@@ -3,9 +3,10 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
+
+from transkd.upsampling import upsampled
 
 __all__ = ["SemanticFPNHead"]
 
@@ -50,7 +51,7 @@ class SemanticFPNHead(nn.Module):
             level = levels[i]
             # one convolution a step, each followed by an upsampling to the next shallower stage's size
             for j, convolution in enumerate(branch.children(), start=1):
-                level = F.interpolate(convolution(level), size=sizes[i - j], mode="bilinear", align_corners=False)
+                level = upsampled(convolution(level), sizes[i - j])
             total = total + level
         logits: Tensor = self.classifier(self.dropout(total))
         return logits

@@ -70,21 +70,20 @@ class SegformerHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.linear_pred = nn.Conv2d(width, num_classes, 1)
 
-    def fold(self) -> list[tuple[Tensor, Tensor]]:
-        """For each stage, shallowest first, weight [width, C_i, 1, 1] and bias [width] of its folded map."""
+    def fold(self) -> tuple[list[Tensor], Tensor]:
+        """The folded maps' weights [width, C_i, 1, 1], shallowest first, and the bias [width] of their sum."""
         # The convolution reads the deepest stage first.
         slices = reversed(self.linear_fuse.conv.weight.flatten(1).chunk(len(self.linears), dim=1))
         linears = [cast(nn.Linear, self.get_submodule(f"{name}.proj")) for name in self.linears]
-        return [
-            ((part @ linear.weight)[:, :, None, None], part @ linear.bias)
-            for part, linear in zip(slices, linears, strict=True)
-        ]
+        pairs = list(zip(slices, linears, strict=True))
+        weights = [(part @ linear.weight)[:, :, None, None] for part, linear in pairs]
+        return weights, torch.stack([part @ linear.bias for part, linear in pairs]).sum(0)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits at the resolution of the first feature."""
-        weights, biases = zip(*self.fold(), strict=True)
+        weights, bias = self.fold()
         maps = [F.conv2d(feature, weight) for feature, weight in zip(features, weights, strict=True)]
-        maps[-1] = maps[-1] + sum(biases)[:, None, None]  # of the smallest map, where its gradient is cheap
+        maps[-1] = maps[-1] + bias[:, None, None]  # of the smallest map, where its gradient is cheap
         fused = _upsampled_sum(maps)
         activated = F.relu(self.linear_fuse.bn(fused), inplace=True)
         logits: Tensor = self.linear_pred(self.dropout(activated))
@@ -96,12 +95,12 @@ class SegformerHead(nn.Module):
         assert bn.running_mean is not None
         assert bn.running_var is not None
         scale = bn.weight / (bn.running_var + bn.eps).sqrt()
-        maps = self.fold()
-        shift = bn.bias + scale * (torch.stack([bias for _, bias in maps]).sum(0) - bn.running_mean)
-        head = FusedSegformerHead([weight.shape[1] for weight, _ in maps], len(shift), self.linear_pred.out_channels)
+        weights, bias = self.fold()
+        shift = bn.bias + scale * (bias - bn.running_mean)
+        head = FusedSegformerHead([weight.shape[1] for weight in weights], len(shift), self.linear_pred.out_channels)
         head.to(shift)
         with torch.no_grad():
-            for stage, (weight, _) in zip(head.maps, maps, strict=True):
+            for stage, weight in zip(head.maps, weights, strict=True):
                 cast(nn.Conv2d, stage).weight.copy_(scale[:, None, None, None] * weight)
             cast(Tensor, head.maps[0].bias).copy_(shift)
         head.linear_pred.load_state_dict(self.linear_pred.state_dict())

@@ -1,6 +1,6 @@
 """The frozen teacher."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +43,9 @@ class FrozenTeacher(nn.Module):
     def __init__(self, network: nn.Module, needs: Collection[str] = EVERYTHING) -> None:
         super().__init__()
         object.__setattr__(self, "network", network.eval().requires_grad_(False))
-        self._cast: list[nn.Parameter] = []
+        layers = [module for module in network.modules() if type(module) in CAST_BY_AUTOCAST]
+        self._places = [(layer, name) for layer in layers for name, _ in layer.named_parameters(recurse=False)]
+        self._cast: list[Tensor] = []
         self._cast_from: tuple[object, ...] = ()
         self.needs = frozenset(needs)
         self.training = False
@@ -61,20 +63,22 @@ class FrozenTeacher(nn.Module):
         if compiled or not torch.is_autocast_enabled(device):
             yield
             return
-        layers = [module._parameters for module in self.network.modules() if type(module) in CAST_BY_AUTOCAST]
-        places = [(layer, name, weight) for layer in layers for name, weight in layer.items() if weight is not None]
+        weights: list[Any] = [layer._parameters[name] for layer, name in self._places]
         dtype = torch.get_autocast_dtype(device)
-        state = (dtype, *((weight.data_ptr(), weight._version) for *_, weight in places))
+        state = (dtype, *((weight.data_ptr(), weight._version) for weight in weights))
         if state != self._cast_from:  # others have been loaded, or they have moved
-            self._cast = [nn.Parameter(_as_autocast_does(weight, dtype), requires_grad=False) for *_, weight in places]
+            self._cast = [weight if weight.dtype == torch.float64 else weight.to(dtype) for weight in weights]
             self._cast_from = state
         try:
-            for (layer, name, _), cast in zip(places, self._cast, strict=True):
-                layer[name] = cast
+            self._put(self._cast)
             yield
         finally:
-            for layer, name, weight in places:
-                layer[name] = weight
+            self._put(weights)
+
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        """In the places of the layers' weights, past the check that each is a Parameter."""
+        for (layer, name), weight in zip(self._places, weights, strict=True):
+            layer._parameters[name] = weight  # type: ignore[assignment]
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
         """Do nothing: a teacher stays in eval."""
@@ -84,7 +88,3 @@ class FrozenTeacher(nn.Module):
         # The one door by which .to(), .cuda(), .half() … reach a module.
         self.network._apply(fn)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-
-def _as_autocast_does(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight if weight.dtype == torch.float64 else weight.to(dtype)
