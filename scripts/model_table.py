@@ -19,7 +19,7 @@ from benchmarks import forward, measure
 
 from transkd.errors import UserError
 from transkd.models import SEGMENTERS, SegformerHead
-from transkd.models.mit import VARIANTS
+from transkd.models.encoders.mit import VARIANTS
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "models.md"
 CLASSES = 19

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from transkd import export
 from transkd.data import CAMVID
 from transkd.data.synthetic import draw_scene
-from transkd.models import create_segmenter, exporting, load_segmenter, save_segmenter
-from transkd.models.exporting import plain_resize
+from transkd.models import create_segmenter, load_segmenter, save_segmenter
+from transkd.models.storage import exporting
+from transkd.models.storage.exporting import plain_resize
 
 CLASSES = len(CAMVID.names)
 NON_COMMERCIAL = [

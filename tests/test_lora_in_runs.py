@@ -6,10 +6,10 @@ import pytest
 import torch
 from runs import assert_identical, composed, results, student
 
-from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.models import create_segmenter, load_segmenter, save_segmenter
 from transkd.run import run
+from transkd.training.distiller import Distiller
 
 RANK = 4
 DEPTHS = (1, 2, 1, 1)  # of the student; the teacher has 2 blocks in each stage

@@ -12,7 +12,7 @@ from runs import composed, results, student
 from transkd.cli import explain
 from transkd.errors import UserError
 from transkd.models import create_segmenter, load_segmenter, save_segmenter
-from transkd.models.sources import NVIDIA
+from transkd.models.storage.sources import NVIDIA
 from transkd.run import run
 
 SHORT = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "pictures=0"]

@@ -12,10 +12,10 @@ import torch
 from runs import TINY, assert_identical, composed, results, student
 
 from transkd.cli import CONF
-from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.models import load_segmenter
 from transkd.run import run
+from transkd.training.distiller import Distiller
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_a_term_without_a_teacher(base):
 
 def test_a_term_that_reads_embeddings_under_a_network_without_them(base, monkeypatch):
     monkeypatch.setattr(
-        "transkd.models.mit.MixTransformer.forward_stages",
+        "transkd.models.encoders.mit.MixTransformer.forward_stages",
         without_embeddings(torch.nn.Module.get_submodule),
     )
     with pytest.raises(UserError, match=r"Term 'pea'.*embeddings"):
@@ -220,7 +220,7 @@ def test_a_term_that_reads_embeddings_under_a_network_without_them(base, monkeyp
 
 
 def without_embeddings(_):
-    from transkd.models.mit import MixTransformer
+    from transkd.models.encoders.mit import MixTransformer
 
     stages = MixTransformer.forward_stages
 

@@ -8,10 +8,10 @@ from hydra.utils import instantiate
 from runs import assert_identical, composed, results, student
 
 from transkd import run as run_module
-from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.models import FrozenTeacher, load_segmenter
 from transkd.run import run
+from transkd.training.distiller import Distiller
 
 SHORT = ["pictures=0", "trainer.max_epochs=2", "distill=transkd_cwd", "term=[pea,cwd]"]
 

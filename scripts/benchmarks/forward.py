@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from transkd.errors import UserError
-from transkd.models import SEGMENTERS, SegformerHead, Segmenter, attention, create_segmenter
-from transkd.models.formats import SMP, rename_to_huggingface
-from transkd.models.mit import VARIANTS
+from transkd.layers import attention
+from transkd.models import SEGMENTERS, SegformerHead, Segmenter, create_segmenter
+from transkd.models.encoders.mit import VARIANTS
+from transkd.models.storage.formats import SMP, rename_to_huggingface
 
 TOLERANCE = 1e-3  # between the alternatives' logits in float32, relative to the largest logit
 

@@ -21,13 +21,13 @@ from torch.optim import Optimizer
 from benchmarks import measure
 from benchmarks.forward import draw_out, drawn_out_attention, roughen
 from transkd.cli import CONF, explain
-from transkd.device import compile_in_place, set_memory_format
 from transkd.errors import UserError
+from transkd.layers.token_linear import TokenLinear
 from transkd.losses import Criterion
 from transkd.models import FrozenTeacher, Network, SegformerHead, Segmenter
 from transkd.outputs import EVERYTHING, SegmentationOutput
 from transkd.run import build_criterion, build_student
-from transkd.token_linear import TokenLinear
+from transkd.training.device import compile_in_place, set_memory_format
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative
 # of compiled steps, compared as they are timed: TensorFloat-32 or bfloat16, sums in another order
@@ -146,7 +146,7 @@ class Step:
 
     Args:
         parts: shared by the alternatives, which therefore have the same weights.
-        choices: of ``CHOICES``; without any it is what ``transkd.distiller`` does. ``teacher-graph`` neither freezes
+        choices: of ``CHOICES``; without any it is what ``Distiller`` does. ``teacher-graph`` neither freezes
             the teacher nor spares its head, and backward goes through it; ``unfolded`` draws out both decode heads;
             ``explicit-attention`` holds each attention matrix in memory; ``plain-layers`` computes
             linear layers by ``F.linear`` and leaves weights as PyTorch lays them out. One more is none of a first

@@ -15,11 +15,11 @@ def evaluate(cfg: "DictConfig") -> None:
     from hydra.utils import instantiate
 
     from transkd.errors import UserError
-    from transkd.memory import keep_freed_memory
     from transkd.models import load_segmenter, load_weights
-    from transkd.models.weights import read_weights
+    from transkd.models.storage.sources import read_weights
     from transkd.report import describe_scores, print_scores, sha256, versions, write_results
     from transkd.run import quiet_lightning, score
+    from transkd.training.memory import keep_freed_memory
 
     quiet_lightning()
     if cfg.keep_freed_memory:

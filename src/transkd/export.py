@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from transkd.models import Segmenter
-    from transkd.models.exporting import Format
+    from transkd.models.storage.exporting import Format
     from transkd.pictures import Pixels
 
     Images = list[tuple[str, Pixels]]
@@ -39,8 +39,8 @@ def export(cfg: "DictConfig") -> None:
 def write_checked(cfg: "DictConfig", path: Path) -> str:
     """Write to ``path`` and beside it, read that back and hold it against the network; gives what to tell the user."""
     from transkd.models import load_segmenter
-    from transkd.models.exporting import FORMATS, complete_card
-    from transkd.models.lineage import check_license_policy, describe_lineage
+    from transkd.models.storage.exporting import FORMATS, complete_card
+    from transkd.models.storage.lineage import check_license_policy, describe_lineage
 
     if cfg.format not in FORMATS:
         raise UserError(f"unknown format={cfg.format}; there are: {', '.join(FORMATS)}")
@@ -206,7 +206,7 @@ def check_parity(
 
     Args:
         network: ours, in eval.
-        run: the exported one, see ``transkd.models.exporting.Exported``.
+        run: the exported one, see ``transkd.models.storage.exporting.Exported``.
         images: real images by what the table calls them.
         minimum: smallest height and width that the export takes; a square of it is among the random images.
         tolerance: largest difference of a logit.

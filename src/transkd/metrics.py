@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from transkd.upsampling import upsampled_argmax
+from transkd.layers.upsampling import upsampled_argmax
 
 __all__ = ["PROTOCOLS", "Protocol", "Scores", "SegmentationScore", "scores_from_confusion"]
 

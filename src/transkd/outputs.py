@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["EVERYTHING", "SegmentationOutput"]
+__all__ = ["EVERYTHING", "IGNORE", "SegmentationOutput"]
+
+IGNORE = 255
+"""The label of pixels that count nowhere."""
 
 EVERYTHING = frozenset({"logits", "features", "embeddings"})
 """All that a network can be asked for; a term's ``needs`` is a subset."""

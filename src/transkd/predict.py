@@ -61,9 +61,9 @@ def predict(cfg: "DictConfig") -> None:
     from rich.progress import track
 
     from transkd.data.dataset import read_image
-    from transkd.memory import keep_freed_memory
     from transkd.models import load_segmenter
     from transkd.pictures import colourise, overlay, palette_of, save_image
+    from transkd.training.memory import keep_freed_memory
 
     base, images = find_images(str(cfg.input))
     if cfg.keep_freed_memory:

@@ -18,16 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from transkd.cli import save_resolved
 from transkd.data import SegmentationDataModule
 from transkd.data.datamodule import collate
-from transkd.device import check_device, compile_parts, in_channels_last, set_memory_format
-from transkd.distiller import Distiller
 from transkd.errors import UserError
 from transkd.losses import Criterion
-from transkd.memory import keep_freed_memory
 from transkd.metrics import Scores
 from transkd.models import FrozenTeacher, Network, add_lora, load_weights, merge_lora, save_segmenter
 from transkd.models.initialise import start_from_teacher
-from transkd.models.lineage import as_teacher, check_license_policy, merge_lineage
-from transkd.models.weights import read_weights
+from transkd.models.storage.lineage import as_teacher, check_license_policy, merge_lineage
+from transkd.models.storage.sources import read_weights
 from transkd.outputs import SegmentationOutput
 from transkd.report import (
     count_parameters,
@@ -38,6 +35,9 @@ from transkd.report import (
     versions,
     write_results,
 )
+from transkd.training.device import check_device, compile_parts, in_channels_last, set_memory_format
+from transkd.training.distiller import Distiller
+from transkd.training.memory import keep_freed_memory
 
 __all__ = ["quiet_lightning", "run", "score"]
 

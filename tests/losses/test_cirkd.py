@@ -8,8 +8,8 @@ from drawn import gradients, make_pair
 from largest import Largest
 
 from transkd.errors import UserError
-from transkd.losses._pieces import BUDGET
 from transkd.losses.cirkd import CIRKDMiniBatchLoss, cross_image_kl, pool_positions
+from transkd.losses.shared.pieces import BUDGET
 from transkd.outputs import SegmentationOutput
 
 

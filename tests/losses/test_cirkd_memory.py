@@ -10,9 +10,9 @@ from drawn import CLASSES, STUDENT, TEACHER, gradients, make_pair
 from largest import Largest
 
 from transkd.errors import UserError
-from transkd.losses._maps import labels_on_grid
-from transkd.losses._pieces import BUDGET
 from transkd.losses.cirkd_memory import CIRKDMemoryLoss, ClassQueue, contrast_kl, pixel_keys, region_keys
+from transkd.losses.shared.grids import labels_on_grid
+from transkd.losses.shared.pieces import BUDGET
 from transkd.outputs import SegmentationOutput
 
 HEAD = {

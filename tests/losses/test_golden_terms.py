@@ -6,7 +6,7 @@ import torch
 from drawn import STUDENT, TEACHER
 
 from transkd.losses import CSFLoss, EALoss, GLMixerLoss, PEALoss
-from transkd.models.transkd_checkpoint import split_transkd_checkpoint
+from transkd.models.storage.transkd_checkpoint import split_transkd_checkpoint
 
 
 def close(actual, expected, rtol=1e-9, atol=1e-12):

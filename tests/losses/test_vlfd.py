@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from transkd.errors import UserError
 from transkd.losses import Criterion
-from transkd.losses._relations import direct_error
+from transkd.losses.shared.relations import direct_error
 from transkd.losses.vlfd import VLFDLoss, _centred, graph_error, load_attention_pool, mean_kl
 from transkd.outputs import SegmentationOutput
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from transkd.models import MixTransformer, SegformerHead, Segmenter, create_segmenter
-from transkd.models.transkd_checkpoint import split_transkd_checkpoint
+from transkd.models.storage.transkd_checkpoint import split_transkd_checkpoint
 
 CLASSES = 5
 GOLDEN = {

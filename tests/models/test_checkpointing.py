@@ -77,7 +77,7 @@ def test_less_is_kept(build):
 def test_no_graph_no_second_computation(monkeypatch):
     network = mit()
     network.checkpoint_activations()
-    monkeypatch.setattr("transkd.models.mit.checkpoint", None)
+    monkeypatch.setattr("transkd.models.encoders.mit.checkpoint", None)
     with torch.no_grad():
         network(torch.rand(1, 3, 64, 96))
 

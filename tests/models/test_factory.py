@@ -15,8 +15,8 @@ from transkd.models import (
     TimmEncoder,
     create_segmenter,
 )
-from transkd.models.lineage import CODE, RANDOM
-from transkd.models.lvt import LiteVisionTransformer
+from transkd.models.encoders.lvt import LiteVisionTransformer
+from transkd.models.storage.lineage import CODE, RANDOM
 
 # Millions of parameters: SegFormer (arXiv 2105.15203) and LVT (arXiv 2112.10809) as the papers give them for ADE20K's
 # 150 classes; PVTv2 without head, but with an ImageNet classifier, as PaddleClas gives them.

@@ -14,7 +14,7 @@ from transkd.models import (
     create_segmenter,
 )
 from transkd.models.initialise import start_from_teacher
-from transkd.models.lineage import CODE, RANDOM
+from transkd.models.storage.lineage import CODE, RANDOM
 
 WIDTHS = (8, 16, 24, 32)
 IMAGE = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))

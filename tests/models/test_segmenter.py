@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from transkd.errors import UserError
 from transkd.models import create_segmenter, load_segmenter, save_segmenter
-from transkd.models.heads import FusedSegformerHead
+from transkd.models.heads.segformer import FusedSegformerHead
 from transkd.outputs import EVERYTHING
 
 PIXELS = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

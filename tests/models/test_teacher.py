@@ -4,10 +4,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transkd.errors import UserError
+from transkd.layers.token_linear import TokenLinear
 from transkd.losses import CSFLoss, PEALoss
 from transkd.models import FrozenTeacher
 from transkd.outputs import EVERYTHING, SegmentationOutput
-from transkd.token_linear import TokenLinear
 
 IMAGE = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

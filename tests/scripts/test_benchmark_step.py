@@ -12,7 +12,7 @@ from benchmark_runs import KEYS, one_line_error
 from benchmarks import forward, measure, step, training
 
 from transkd.errors import UserError
-from transkd.models import attention
+from transkd.layers import attention
 
 pytestmark = pytest.mark.usefixtures("few_operations")
 

@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 
 from transkd.data.classes import ClassSet
 from transkd.errors import UserError
+from transkd.outputs import IGNORE
 
-__all__ = ["IGNORE", "Batch", "Pair", "SegmentationDataset", "pair_by_name", "read_image"]
+__all__ = ["Batch", "Pair", "SegmentationDataset", "pair_by_name", "read_image"]
 
-IGNORE = 255
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 _UNKNOWN = 254
 

@@ -22,11 +22,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from transkd.data.scene_canvas import IGNORE, Array, Canvas, pick
-from transkd.data.scene_ground import draw_ground, plan_street
-from transkd.data.scene_street import draw_street
-from transkd.data.scene_weather import WEATHER, draw_sky
+from transkd.data.scenes.canvas import Array, Canvas, pick
+from transkd.data.scenes.ground import draw_ground, plan_street
+from transkd.data.scenes.street import draw_street
+from transkd.data.scenes.weather import WEATHER, draw_sky
 from transkd.errors import UserError
+from transkd.outputs import IGNORE
 
 __all__ = ["CONDITIONS", "draw_scene", "write_road_scenes"]
 

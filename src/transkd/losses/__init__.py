@@ -8,7 +8,6 @@ and weighs terms.
 from transkd.losses.at import ATLoss
 from transkd.losses.cirkd import CIRKDMiniBatchLoss
 from transkd.losses.cirkd_memory import CIRKDMemoryLoss
-from transkd.losses.criteria import channel_kl, hierarchical_context, spatial_kl
 from transkd.losses.criterion import Criterion, CriterionOutput
 from transkd.losses.cross_entropy import TaskCrossEntropy
 from transkd.losses.csf import CSFLoss
@@ -28,6 +27,7 @@ from transkd.losses.pdd import PDDLoss
 from transkd.losses.pea import PEALoss
 from transkd.losses.reviewkd import ReviewKDLoss
 from transkd.losses.schedule import Progress, Schedule
+from transkd.losses.shared.distances import channel_kl, hierarchical_context, spatial_kl
 from transkd.losses.skd import SKDPairwiseLoss
 from transkd.losses.skd_adversarial import SKDAdversarialLoss
 from transkd.losses.vlfd import VLFDLoss

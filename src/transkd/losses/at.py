@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses._maps import check_stages, feature_pairs
-from transkd.losses.criteria import mean_squared_error, widen
+from transkd.losses.shared.checks import check_stages
+from transkd.losses.shared.distances import mean_squared_error, widen
+from transkd.losses.shared.grids import feature_pairs
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["ATLoss", "attention_map"]

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transkd.losses._maps import check_positive, check_stages, feature_pairs, on_grid
-from transkd.losses._pieces import BUDGET, check_count, full_precision, positions_of, sum_over_rows
+from transkd.losses.shared.checks import check_count, check_positive, check_stages
+from transkd.losses.shared.grids import feature_pairs, on_grid
+from transkd.losses.shared.pieces import BUDGET, full_precision, positions_of, sum_over_rows
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["CIRKDMiniBatchLoss", "cross_image_kl", "pool_positions"]

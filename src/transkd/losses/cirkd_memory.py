@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses._checks import paired_channels, stage_pairs
-from transkd.losses._maps import check_positive, labels_on_grid, on_grid, require_target
-from transkd.losses._pieces import BUDGET, check_count, full_precision, sum_over_rows
-from transkd.losses.criteria import widen
 from transkd.losses.ifvd import class_members
+from transkd.losses.shared.checks import check_count, check_positive, paired_channels, require_target, stage_pairs
+from transkd.losses.shared.distances import widen
+from transkd.losses.shared.grids import labels_on_grid, on_grid
+from transkd.losses.shared.pieces import BUDGET, full_precision, sum_over_rows
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["CIRKDMemoryLoss", "ClassQueue", "contrast_kl", "pixel_keys", "region_keys"]

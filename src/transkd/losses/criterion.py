@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses._checks import check_needs
-from transkd.losses._maps import nothing
 from transkd.losses.gradients import gradient_norm
 from transkd.losses.schedule import Progress, Schedule
+from transkd.losses.shared.checks import check_needs
+from transkd.losses.shared.grids import nothing
 from transkd.outputs import EVERYTHING, SegmentationOutput
 
 __all__ = ["Criterion", "CriterionOutput"]

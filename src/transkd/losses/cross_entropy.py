@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses._maps import nearest
-from transkd.losses._sliced import sliced_cross_entropy
-from transkd.losses.criteria import widen
+from transkd.layers.upsampled_cross_entropy import upsampled_cross_entropy
+from transkd.losses.shared.distances import widen
+from transkd.losses.shared.grids import nearest
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["TaskCrossEntropy"]
@@ -88,7 +88,7 @@ class TaskCrossEntropy(nn.Module):
         weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights.to(logits)
         if logits.shape[-2:] == target.shape[-2:]:
             return _mean_cross_entropy(logits, target, weights, self.ignore_index)
-        return sliced_cross_entropy(logits, target, weights, self.ignore_index)
+        return upsampled_cross_entropy(logits, target, weights, self.ignore_index)
 
 
 def _mean_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor, ignore: int) -> Tensor:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transkd.losses._checks import paired_channels, stage_pairs
-from transkd.losses._fusion import ConvNorm, check_normalisable, fuse_from_deepest
-from transkd.losses._maps import on_grid
-from transkd.losses.criteria import map_criterion
+from transkd.losses.shared.checks import paired_channels, stage_pairs
+from transkd.losses.shared.distances import map_criterion
+from transkd.losses.shared.fusion import ConvNorm, check_normalisable, fuse_from_deepest
+from transkd.losses.shared.grids import on_grid
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["CSFLoss"]

@@ -5,20 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from transkd.losses._adapters import adapt, stage_adapters
-from transkd.losses._checks import paired_channels, stage_pairs
-from transkd.losses._maps import (
-    GRIDS,
+from transkd.losses.kd import pixel_kl
+from transkd.losses.shared.adapters import adapt, stage_adapters
+from transkd.losses.shared.checks import (
     check_choice,
     check_positive,
     check_stages,
-    labels_on_grid,
-    logits_pair,
-    on_grid,
+    paired_channels,
     require_target,
+    stage_pairs,
 )
-from transkd.losses.criteria import channel_kl, mean_squared_error, widen
-from transkd.losses.kd import pixel_kl
+from transkd.losses.shared.distances import channel_kl, mean_squared_error, widen
+from transkd.losses.shared.grids import GRIDS, labels_on_grid, logits_pair, on_grid
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["CWDFeatureLoss", "CWDLoss", "normalised_distance"]

@@ -4,15 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from transkd.losses._maps import (
-    GRIDS,
-    check_choice,
-    check_positive,
-    check_share,
-    labels_on_grid,
-    logits_pair,
-    require_target,
-)
+from transkd.losses.shared.checks import check_choice, check_positive, check_share, require_target
+from transkd.losses.shared.grids import GRIDS, labels_on_grid, logits_pair
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["DISTLoss", "relations"]

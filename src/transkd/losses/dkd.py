@@ -6,15 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transkd.losses._maps import (
-    GRIDS,
-    check_choice,
-    check_positive,
-    check_share,
-    labels_on_grid,
-    logits_pair,
-    require_target,
-)
+from transkd.losses.shared.checks import check_choice, check_positive, check_share, require_target
+from transkd.losses.shared.grids import GRIDS, labels_on_grid, logits_pair
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["DKDLoss", "Split", "decoupled", "log_shares", "mean_over_valid", "split"]

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses._checks import paired_channels, stage_pairs
-from transkd.losses.criteria import mean_squared_error
+from transkd.layers.patch_embedding import OverlapPatchEmbedding, init_vision_weights
+from transkd.layers.token_linear import TokenLinear
 from transkd.losses.pea import DEFAULT_STAGE_WEIGHTS
+from transkd.losses.shared.checks import paired_channels, stage_pairs
+from transkd.losses.shared.distances import mean_squared_error
 from transkd.outputs import SegmentationOutput
-from transkd.patch_embedding import OverlapPatchEmbedding, init_vision_weights
-from transkd.token_linear import TokenLinear
 
 __all__ = ["EALoss"]
 

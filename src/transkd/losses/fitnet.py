@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from transkd.losses._adapters import adapt, stage_adapters
-from transkd.losses._checks import paired_channels, stage_pairs
-from transkd.losses._maps import GRIDS, check_choice, check_stages, on_grid
-from transkd.losses.criteria import mean_squared_error
+from transkd.losses.shared.adapters import adapt, stage_adapters
+from transkd.losses.shared.checks import check_choice, check_stages, paired_channels, stage_pairs
+from transkd.losses.shared.distances import mean_squared_error
+from transkd.losses.shared.grids import GRIDS, on_grid
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["FitNetLoss"]

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses._checks import paired_channels, stage_pairs
-from transkd.losses.criteria import mean_squared_error
+from transkd.layers.token_linear import TokenLinear
+from transkd.losses.shared.checks import paired_channels, stage_pairs
+from transkd.losses.shared.distances import mean_squared_error
 from transkd.outputs import SegmentationOutput
-from transkd.token_linear import TokenLinear
 
 __all__ = ["GLMixerLoss"]
 

@@ -6,15 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transkd.losses._maps import (
-    check_choice,
-    check_stages,
-    feature_pairs,
-    labels_on_grid,
-    on_grid,
-    require_target,
-)
-from transkd.losses._pieces import check_count, full_precision, positions_of
+from transkd.losses.shared.checks import check_choice, check_count, check_stages, require_target
+from transkd.losses.shared.grids import feature_pairs, labels_on_grid, on_grid
+from transkd.losses.shared.pieces import full_precision, positions_of
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["IFVDLoss", "class_members", "prototype_similarity"]

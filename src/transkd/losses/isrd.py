@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses._checks import check_needs
-from transkd.losses._maps import check_stages
-from transkd.losses.criteria import widen
+from transkd.losses.shared.checks import check_needs, check_stages
+from transkd.losses.shared.distances import widen
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["ISRDLoss"]

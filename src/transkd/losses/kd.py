@@ -2,15 +2,9 @@
 
 from torch import Tensor, nn
 
-from transkd.losses._maps import (
-    GRIDS,
-    check_choice,
-    check_positive,
-    labels_on_grid,
-    logits_pair,
-    require_target,
-)
-from transkd.losses.criteria import spatial_kl
+from transkd.losses.shared.checks import check_choice, check_positive, require_target
+from transkd.losses.shared.distances import spatial_kl
+from transkd.losses.shared.grids import GRIDS, labels_on_grid, logits_pair
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["KDLoss", "pixel_kl"]

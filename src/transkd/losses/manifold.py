@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses._maps import check_stages, feature_pairs, on_grid
-from transkd.losses._pieces import check_count, positions_of
-from transkd.losses._relations import check_rows, relation_error, unit
+from transkd.losses.shared.checks import check_count, check_stages
+from transkd.losses.shared.grids import feature_pairs, on_grid
+from transkd.losses.shared.pieces import positions_of
+from transkd.losses.shared.relations import check_rows, relation_error, unit
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["ManifoldLoss", "inter_error", "intra_error", "random_error"]

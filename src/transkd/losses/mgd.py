@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses._checks import paired_channels, stage_pairs
-from transkd.losses._maps import check_choice, check_positive, check_stages, on_grid
-from transkd.losses.criteria import widen
+from transkd.losses.shared.checks import check_choice, check_positive, check_stages, paired_channels, stage_pairs
+from transkd.losses.shared.distances import widen
+from transkd.losses.shared.grids import on_grid
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["MGDLoss", "draw_mask", "generation_error"]

@@ -4,8 +4,9 @@ import math
 
 from torch import Tensor, nn
 
-from transkd.losses._maps import GRIDS, check_choice, check_share, labels_on_grid, logits_pair, require_target
 from transkd.losses.dkd import decoupled, log_shares, mean_over_valid, split
+from transkd.losses.shared.checks import check_choice, check_share, require_target
+from transkd.losses.shared.grids import GRIDS, labels_on_grid, logits_pair
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["PDDLoss", "mixture_divergence"]

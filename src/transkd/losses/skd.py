@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses._maps import check_stages, feature_pairs, on_grid
-from transkd.losses._pieces import check_count, positions_of
-from transkd.losses._relations import relation_error
+from transkd.losses.shared.checks import check_count, check_stages
+from transkd.losses.shared.grids import feature_pairs, on_grid
+from transkd.losses.shared.pieces import positions_of
+from transkd.losses.shared.relations import relation_error
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["SKDPairwiseLoss", "pairwise_error", "pool_nodes"]

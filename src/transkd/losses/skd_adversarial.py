@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
 from transkd.errors import UserError
-from transkd.losses._maps import GRIDS, check_choice, check_positive, logits_pair
-from transkd.losses._pieces import check_count, full_precision, positions_of
+from transkd.losses.shared.checks import check_choice, check_count, check_positive
+from transkd.losses.shared.grids import GRIDS, logits_pair
+from transkd.losses.shared.pieces import full_precision, positions_of
 from transkd.outputs import SegmentationOutput
 
 __all__ = [

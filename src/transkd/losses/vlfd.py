@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses._checks import paired_channels, stage_pairs
-from transkd.losses._maps import check_choice, on_grid
-from transkd.losses._pieces import full_precision, positions_of
-from transkd.losses._relations import relation_error, unit
-from transkd.losses.criteria import widen
+from transkd.files import read_tensor_file, tensors_in
+from transkd.losses.shared.checks import check_choice, paired_channels, stage_pairs
+from transkd.losses.shared.distances import widen
+from transkd.losses.shared.grids import on_grid
+from transkd.losses.shared.pieces import full_precision, positions_of
+from transkd.losses.shared.relations import relation_error, unit
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["AttentionPool", "VLFDLoss", "graph_error", "load_attention_pool", "mean_kl"]
@@ -258,16 +259,14 @@ def load_attention_pool(path: str | Path, heads: int, channels: int) -> Attentio
     """Read the attention pool from a file of weights that holds one, whatever stands before its names.
 
     Args:
-        path: what ``transkd.models.sources.read_weights`` reads.
+        path: a safetensors file or a PyTorch checkpoint.
         heads: of the attention.
         channels: the width of the maps that it is to pool.
 
     Raises:
         UserError: there is no such file, not one pool in it, or a pool of another width or other heads.
     """
-    from transkd.models.sources import read_weights  # timm, which losses do without
-
-    tensors = read_weights(path).original
+    tensors = tensors_in(read_tensor_file(path)[0], path)
     first, *others = POOL_PARTS
     starts = [name.removesuffix(first) for name in tensors if name.endswith(first) and tensors[name].ndim == 2]
     pools = [start for start in starts if all(start + name in tensors for name in others)]

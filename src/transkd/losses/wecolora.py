@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses._maps import check_choice, check_stages, feature_pairs, on_grid
-from transkd.losses.criteria import spatial_kl
+from transkd.losses.shared.checks import check_choice, check_stages
+from transkd.losses.shared.distances import spatial_kl
+from transkd.losses.shared.grids import feature_pairs, on_grid
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["WeCoLoRALoss", "copied_blocks", "feature_error", "matched_teacher_blocks"]

@@ -1,19 +1,21 @@
 """Networks: encoders, heads, the Segmenter, the frozen teacher, and weights in and out."""
 
-from transkd.models.deeplab import DeepLabV3PlusHead
-from transkd.models.factory import HEADS, SEGMENTERS, create_segmenter
-from transkd.models.fpn import SemanticFPNHead
-from transkd.models.heads import SegformerHead
+from transkd.models.catalog import SEGMENTERS
+from transkd.models.encoders.lvt import LiteVisionTransformer
+from transkd.models.encoders.mit import MixTransformer
+from transkd.models.encoders.timm_encoder import TimmEncoder
+from transkd.models.factory import HEADS, create_segmenter, load_segmenter
+from transkd.models.heads.deeplab import DeepLabV3PlusHead
+from transkd.models.heads.fpn import SemanticFPNHead
+from transkd.models.heads.segformer import SegformerHead
 from transkd.models.initialise import start_from_teacher
 from transkd.models.lora import add_lora, merge_lora
-from transkd.models.lvt import LiteVisionTransformer
-from transkd.models.mit import MixTransformer
 from transkd.models.network import Network
 from transkd.models.segmenter import Segmenter
+from transkd.models.storage.loading import load_weights
+from transkd.models.storage.saving import save_segmenter
 from transkd.models.tapped import Tapped
 from transkd.models.teacher import FrozenTeacher
-from transkd.models.timm_encoder import TimmEncoder
-from transkd.models.weights import load_segmenter, load_weights, save_segmenter
 
 __all__ = [
     "HEADS",

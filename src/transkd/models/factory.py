@@ -3,50 +3,25 @@
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 from torch import nn
 
 from transkd.errors import UserError
-from transkd.models.deeplab import DeepLabV3PlusHead
-from transkd.models.fpn import SemanticFPNHead
-from transkd.models.heads import SegformerHead
-from transkd.models.lineage import CODE, RANDOM
-from transkd.models.lvt import LiteVisionTransformer
-from transkd.models.mit import VARIANTS
+from transkd.models.catalog import SEGMENTERS, Recipe
+from transkd.models.encoders.lvt import LiteVisionTransformer
+from transkd.models.encoders.mit import VARIANTS
+from transkd.models.encoders.timm_encoder import TimmEncoder
+from transkd.models.heads import DeepLabV3PlusHead, SegformerHead, SemanticFPNHead
 from transkd.models.segmenter import Segmenter
-from transkd.models.timm_encoder import TimmEncoder
+from transkd.models.storage.formats import looks_like
+from transkd.models.storage.lineage import CODE, RANDOM
+from transkd.models.storage.loading import load_weights
+from transkd.models.storage.sources import Weights, read_weights
 
-__all__ = ["HEADS", "SEGMENTERS", "create_segmenter"]
+__all__ = ["HEADS", "create_segmenter", "load_segmenter"]
 
-
-class Recipe(NamedTuple):
-    """What a named network is made of."""
-
-    encoder: str
-    head: str
-    width: int
-    args: Mapping[str, Any] = {}  # for the encoder
-
-
-SEGMENTERS: dict[str, Recipe] = {
-    "segformer_b0": Recipe("mit_b0", "segformer", 256),
-    "segformer_b1": Recipe("mit_b1", "segformer", 256),
-    "segformer_b2": Recipe("mit_b2", "segformer", 768),
-    "segformer_b3": Recipe("mit_b3", "segformer", 768),
-    "segformer_b4": Recipe("mit_b4", "segformer", 768),
-    "segformer_b5": Recipe("mit_b5", "segformer", 768),
-    "lvt": Recipe("lvt", "segformer", 256),
-    "pvt_v2_b0": Recipe("pvt_v2_b0", "fpn", 256),
-    "pvt_v2_b1": Recipe("pvt_v2_b1", "fpn", 256),
-    "pvt_v2_b2": Recipe("pvt_v2_b2", "fpn", 256),
-    "pvt_v2_b3": Recipe("pvt_v2_b3", "fpn", 256),
-    "pvt_v2_b4": Recipe("pvt_v2_b4", "fpn", 256),
-    "pvt_v2_b5": Recipe("pvt_v2_b5", "fpn", 256),
-    "deeplabv3plus_resnet101": Recipe("resnet101", "deeplabv3plus", 256, {"output_stride": 16}),
-}
-"""Networks with a name of their own; any other name is taken for a timm encoder."""
 
 HEADS: dict[str, Callable[[Sequence[int], int, int], nn.Module]] = {
     "segformer": SegformerHead,
@@ -124,10 +99,33 @@ def create_segmenter(
     }
     network.lineage = [CODE, RANDOM]
     if weights is not None:
-        from transkd.models.weights import load_weights
-
         load_weights(network, weights, classifier, license)
     return network
+
+
+def load_segmenter(source: str | Path | Weights, license: str | None = None) -> tuple[Segmenter, dict[str, Any]]:
+    """Build the network that weights describe, and load them; gives the network and what is known of it.
+
+    Our own files and folders say which network they hold; a whole SegFormer of anybody's is told by its tensors.
+
+    Args:
+        source: see ``read_weights``, or what that gave.
+        license: of the weights, where they do not say themselves.
+
+    Raises:
+        UserError: neither is the case (build it with ``create_segmenter(..., weights=source)``).
+    """
+    weights = source if isinstance(source, Weights) else read_weights(source)
+    recipe = weights.recipe
+    if recipe is None:
+        what = looks_like(weights.tensors)
+        raise UserError(
+            f"{weights.source} does not say which network it holds{f' (it looks like {what})' if what else ''}; "
+            "give the network: student=… on the command line, create_segmenter(name, num_classes, weights=…) in Python"
+        )
+    network = create_segmenter(**recipe)
+    load_weights(network, weights, license=license)
+    return network, weights.card
 
 
 def _create_encoder(name: str, args: dict[str, Any]) -> Any:

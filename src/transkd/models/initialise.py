@@ -5,9 +5,8 @@ import logging
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses.wecolora import copied_blocks
-from transkd.models.lineage import merge_lineage
 from transkd.models.network import Network
+from transkd.models.storage.lineage import merge_lineage
 
 __all__ = ["start_from_teacher"]
 
@@ -74,7 +73,7 @@ def _shortened_lists(student: nn.Module, teacher: nn.Module) -> dict[str, list[i
 
 def _taken(depth: int, count: int) -> list[int]:
     """Which blocks of a stage of this depth a student of fewer takes."""
-    every = copied_blocks(depth, -(-depth // count))
+    every = list(range(0, depth, -(-depth // count)))
     return every if len(every) == count else [j * depth // count for j in range(count)]
 
 

@@ -8,7 +8,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.token_linear import token_linear
+from transkd.layers.token_linear import token_linear
 
 __all__ = ["LoRALinear", "add_lora", "fold_lora", "merge_lora"]
 

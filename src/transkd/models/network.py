@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.models.lineage import Lineage
+from transkd.layers.upsampling import upsampled_argmax
+from transkd.models.storage.lineage import Lineage
 from transkd.outputs import EVERYTHING, SegmentationOutput
-from transkd.upsampling import upsampled_argmax
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Network"]
 

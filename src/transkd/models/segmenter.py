@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.models.heads import SegformerHead
+from transkd.models.heads.segformer import SegformerHead
 from transkd.models.network import Network
 from transkd.outputs import EVERYTHING, SegmentationOutput
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transkd.layers.token_linear import TokenLinear
 from transkd.outputs import EVERYTHING, SegmentationOutput
-from transkd.token_linear import TokenLinear
 
 __all__ = ["FrozenTeacher"]
 

@@ -1,0 +1,1 @@
+"""Drawing road scenes: a canvas in metres and what stands on it."""

@@ -1,0 +1,19 @@
+"""Layers and operations that networks and terms share, each computed the quickest way for its device: torch alone."""
+
+from transkd.layers.attention import attend
+from transkd.layers.patch_embedding import OverlapPatchEmbedding, init_vision_weights
+from transkd.layers.token_linear import TokenLinear, token_linear
+from transkd.layers.upsampled_cross_entropy import upsampled_cross_entropy
+from transkd.layers.upsampling import add_upsampled, upsampled, upsampled_argmax
+
+__all__ = [
+    "OverlapPatchEmbedding",
+    "TokenLinear",
+    "add_upsampled",
+    "attend",
+    "init_vision_weights",
+    "token_linear",
+    "upsampled",
+    "upsampled_argmax",
+    "upsampled_cross_entropy",
+]

@@ -1,0 +1,79 @@
+"""Attention of tokens to the tokens of a shrunk map, as MiT and LVT have it, computed in the quickest way there is."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transkd.layers.token_linear import ONEDNN, convolved_row
+
+__all__ = ["attend"]
+
+BLOCKS = 256  # of work at once, for a GPU with about half as many multiprocessors
+SCORES = 2**19  # at once on a CPU, so that they stay in its cache; for fewer in an image PyTorch's own way is quicker
+
+
+def attend(query: Tensor, pair: Tensor, heads: int) -> Tensor:
+    """``softmax(Q Kᵀ / √d) V`` in each head, the heads side by side.
+
+    That is ``F.scaled_dot_product_attention``, with two exceptions (docs/performance.md): in training on a GPU in
+    float32 the queries are cut into parts, and on a CPU in float32, where nobody wants a gradient, the products run as
+    1×1 convolutions.
+
+    Args:
+        query: [B, N, C], the heads' channels side by side.
+        pair: keys and values [B, M, 2·C].
+        heads: number of heads; d = C / heads.
+
+    Returns:
+        [B, N, C].
+
+    Example:
+        >>> attend(torch.zeros(1, 5, 6), torch.ones(1, 4, 12), heads=2).shape
+        torch.Size([1, 5, 6])
+    """
+    if convolution_pays(query, pair, heads):
+        return torch.stack([_convolved(*image, heads) for image in zip(query, pair, strict=True)])
+    shape, parts = query.shape, query_parts(query, heads, pair.shape[1])
+    if parts > 1:  # each part sees all keys, as an image of its own
+        query, pair = query.reshape(len(query) * parts, -1, shape[2]), pair.repeat_interleave(parts, dim=0)
+    query = torch.unflatten(query, 2, (heads, -1)).transpose(1, 2)
+    key, value = torch.unflatten(pair, 2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(shape)
+
+
+def query_parts(query: Tensor, heads: int, keys: int) -> int:
+    """Into how many parts to cut the queries [B, N, C] so that the backward pass of attention keeps a GPU busy.
+
+    In float32 PyTorch shares it out over blocks of 64 keys, each of which goes through all queries of its image and
+    head; where keys come from a shrunk map there are few blocks.
+    """
+    if query.device.type != "cuda" or query.dtype != torch.float32 or not query.requires_grad:
+        return 1
+    parts, blocks = 1, len(query) * heads * -(-keys // 64)
+    while parts * blocks < BLOCKS and query.shape[1] % (2 * parts) == 0:
+        parts *= 2
+    return parts
+
+
+def convolution_pays(query: Tensor, pair: Tensor, heads: int) -> bool:
+    """Whether attention is wanted as ``_convolved`` computes it, a third quicker: MKL multiplies in PyTorch's."""
+    if torch.is_grad_enabled() and (query.requires_grad or pair.requires_grad):
+        return False
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if traced or torch.compiler.is_compiling():  # which would write the loop out for one size
+        return False
+    usable = ONEDNN and query.device.type == "cpu" and query.dtype == torch.float32
+    return usable and heads * query.shape[1] * pair.shape[1] >= SCORES
+
+
+def _convolved(query: Tensor, pair: Tensor, heads: int) -> Tensor:
+    """The attention of one image as 1×1 convolutions with a group for each head: [N, C] to [N, C]."""
+    key, value = torch.unflatten(pair, 1, (2, heads, -1)).unbind(1)  # [M, heads, d]
+    keys, _, width = key.shape
+    scores_of = (key * width**-0.5).transpose(0, 1).reshape(heads * keys, width)
+    mean_of = value.permute(1, 2, 0).reshape(heads * width, keys)
+    attended = []
+    for rows in torch.split(query, max(256, SCORES // (heads * keys))):
+        scores = torch.unflatten(convolved_row(rows, scores_of, groups=heads), 1, (heads, keys))
+        attended.append(convolved_row(scores.softmax(2).flatten(1), mean_of, groups=heads))
+    return torch.cat(attended)

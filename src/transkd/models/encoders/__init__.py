@@ -1,0 +1,7 @@
+"""Encoders: image in, stage features and patch embeddings out."""
+
+from transkd.models.encoders.lvt import LiteVisionTransformer
+from transkd.models.encoders.mit import MixTransformer
+from transkd.models.encoders.timm_encoder import TimmEncoder
+
+__all__ = ["LiteVisionTransformer", "MixTransformer", "TimmEncoder"]

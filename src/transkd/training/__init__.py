@@ -1,0 +1,1 @@
+"""One training run: building, rehearsing, teaching, fitting, scoring."""

@@ -1,0 +1,131 @@
+"""Against the plain way: interpolate all of the logits, then PyTorch's cross-entropy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from largest import Largest
+from memory import peak_memory
+
+from transkd.layers.upsampled_cross_entropy import upsampled_cross_entropy
+
+CLASSES = 5
+SIZES = [
+    ((6, 8), (24, 32)),  # a whole scale, as from a network of stride 4
+    ((12, 15), (47, 59)),  # an odd image
+    ((23, 30), (180, 240)),
+    ((5, 7), (33, 3)),  # up and down
+    ((19, 21), (7, 10)),
+    ((40, 9), (40, 27)),  # one side alone
+    ((1, 1), (17, 5)),
+    ((9, 11), (9, 11)),
+    ((3, 4), (1, 1)),
+]
+
+
+def plain(logits, target, weights):
+    size = target.shape[-2:]
+    upsampled = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return F.cross_entropy(upsampled, target.masked_fill(target < 0, 255), weights, ignore_index=255)
+
+
+def drawn(batch, small, large, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(batch, CLASSES, *small, generator=generator, dtype=dtype)
+    target = torch.randint(0, CLASSES, (batch, *large), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.2] = 255
+    target[torch.rand(target.shape, generator=generator) < 0.1] = -1
+    target[0, 0, 0] = 1
+    return logits.requires_grad_(), target
+
+
+def value_and_gradient(compute, logits, *arguments):
+    value = compute(logits, *arguments)
+    (gradient,) = torch.autograd.grad(3 * value, logits)
+    return value.detach(), gradient
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(("small", "large"), SIZES)
+def test_value_and_gradient(small, large, batch, weighted):
+    logits, target = drawn(batch, small, large)
+    weights = torch.tensor([1.0, 2.0, 0.5, 4.0, 0.0] if weighted else [1.0] * CLASSES, dtype=torch.float64)
+    value, gradient = value_and_gradient(upsampled_cross_entropy, logits, target, weights, 255)
+    expected = value_and_gradient(plain, logits, target, weights)
+    assert value.dtype == torch.float64
+    torch.testing.assert_close((value, gradient), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_in_single_precision(layout):
+    logits, target = drawn(2, (45, 60), (180, 240), torch.float32)
+    weights = torch.ones(CLASSES)
+    logits = logits.detach().to(memory_format=layout).requires_grad_()
+    got = value_and_gradient(upsampled_cross_entropy, logits, target, weights, 255)
+    expected = value_and_gradient(plain, logits.double(), target, weights.double())
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9, check_dtype=False)
+
+
+def test_scores_far_apart():
+    logits, target = drawn(1, (6, 8), (24, 32), torch.float32)
+    logits = (1e4 * logits.detach()).requires_grad_()
+    value, gradient = value_and_gradient(upsampled_cross_entropy, logits, target, torch.ones(CLASSES), 255)
+    torch.testing.assert_close(value, plain(logits.detach(), target, torch.ones(CLASSES)))
+    assert gradient.isfinite().all()
+
+
+def test_the_logits_stay_as_they_are():
+    logits, target = drawn(1, (9, 11), (9, 22))
+    before = logits.detach().clone()
+    upsampled_cross_entropy(logits, target, torch.ones(CLASSES, dtype=torch.float64), 255).backward()
+    assert torch.equal(logits, before)
+
+
+def test_a_label_that_is_no_class_is_refused():
+    logits, target = drawn(1, (6, 8), (24, 32))
+    target[0, 3, 3] = CLASSES
+    with pytest.raises(IndexError):
+        upsampled_cross_entropy(logits, target, torch.ones(CLASSES, dtype=torch.float64), 255)
+
+
+def test_second_derivatives_are_refused():
+    logits, target = drawn(1, (6, 8), (24, 32))
+    value = upsampled_cross_entropy(logits, target, torch.ones(CLASSES, dtype=torch.float64), 255)
+    (gradient,) = torch.autograd.grad(value.square(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_value_alone(context):
+    logits, target = drawn(2, (6, 8), (24, 32))
+    weights = torch.ones(CLASSES, dtype=torch.float64)
+    expected = upsampled_cross_entropy(logits, target, weights, 255)
+    with context():
+        value = upsampled_cross_entropy(logits, target, weights, 255)
+    assert not value.requires_grad
+    assert value == expected
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph_for_varying_sizes(monkeypatch):
+    monkeypatch.setattr("transkd.layers.upsampled_cross_entropy.BANDS", 2)  # more of the same only takes longer
+    torch._dynamo.reset()
+    compute = torch.compile(upsampled_cross_entropy, backend="aot_eager", fullgraph=True)
+    weights = torch.ones(CLASSES, dtype=torch.float64)
+    for batch, small, large in ((2, (5, 6), (20, 24)), (3, (10, 12), (41, 47))):
+        logits, target = drawn(batch, small, large)
+        got = value_and_gradient(compute, logits, target, weights, 255)
+        torch.testing.assert_close(got, value_and_gradient(plain, logits, target, weights))
+
+
+def test_memory():
+    logits, target = drawn(2, (64, 128), (256, 512), torch.float32)
+
+    def step(compute, *arguments):
+        torch.autograd.grad(compute(logits, target, torch.ones(CLASSES), *arguments), logits)
+
+    assert 4 * peak_memory(lambda: step(upsampled_cross_entropy, 255)) <= peak_memory(lambda: step(plain))
+    with Largest() as seen:
+        step(upsampled_cross_entropy, 255)
+    assert seen.numel < CLASSES * target.numel() / 4
