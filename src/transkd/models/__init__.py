@@ -8,7 +8,7 @@ from transkd.models.factory import HEADS, create_segmenter, load_segmenter
 from transkd.models.heads.deeplab import DeepLabV3PlusHead
 from transkd.models.heads.fpn import SemanticFPNHead
 from transkd.models.heads.segformer import SegformerHead
-from transkd.models.initialise import start_from_teacher
+from transkd.models.inherit.copying import start_from_teacher
 from transkd.models.lora import add_lora, merge_lora
 from transkd.models.network import Network
 from transkd.models.segmenter import Segmenter
