@@ -1,6 +1,7 @@
-"""A student's first weights from its teacher."""
+"""The teacher's weights as they are, as a student's start: same widths, fewer blocks."""
 
 import logging
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -8,7 +9,7 @@ from transkd.errors import UserError
 from transkd.models.network import Network
 from transkd.models.storage.lineage import merge_lineage
 
-__all__ = ["start_from_teacher"]
+__all__ = ["block_sources", "start_from_teacher", "take_normalisation", "take_over"]
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,7 @@ def start_from_teacher(student: Network, teacher: Network) -> None:
         True
     """
     theirs, ours = teacher.state_dict(), student.state_dict()
-    blocks = _shortened_lists(student, teacher)
-    sources = {name: _source_name(name, blocks) for name in ours}
+    sources = block_sources(student, teacher)
     unlike = [
         name for name, source in sources.items() if source not in theirs or theirs[source].shape != ours[name].shape
     ]
@@ -51,11 +51,27 @@ def start_from_teacher(student: Network, teacher: Network) -> None:
     if unlike:  # a head of another width: none of it, since its layers belong together
         log.info("student.from_teacher: the decode heads differ in size; the student's starts from random weights")
         sources = {name: source for name, source in sources.items() if not name.startswith("head.")}
-    student.load_state_dict({**ours, **{name: theirs[source] for name, source in sources.items()}})
-    for name, taken in blocks.items():
+    take_over(student, teacher, {name: theirs[source] for name, source in sources.items()})
+
+
+def block_sources(student: nn.Module, teacher: nn.Module) -> dict[str, str]:
+    """For each tensor of the student its name in the teacher, whose blocks have other numbers in deeper stages."""
+    blocks = _shortened_lists(student, teacher)
+    return {name: _source_name(name, blocks) for name in student.state_dict()}
+
+
+def take_over(student: Network, teacher: Network, tensors: Mapping[str, Tensor]) -> None:
+    """Give the student some of its tensors from the teacher, with the normalisation and lineage of these."""
+    student.load_state_dict({**student.state_dict(), **tensors})
+    for name, taken in _shortened_lists(student, teacher).items():
         of = len(list(teacher.get_submodule(name).children()))
         log.info("student.from_teacher: %s takes the teacher's blocks %s of %d", name, taken, of)
-    student.mean.copy_(teacher.mean)  # the weights know the images that this makes
+    take_normalisation(student, teacher)
+
+
+def take_normalisation(student: Network, teacher: Network) -> None:
+    """Copied weights need the teacher's normalisation, and their origin goes with them."""
+    student.mean.copy_(teacher.mean)
     student.std.copy_(teacher.std)
     student.lineage = merge_lineage(student.lineage, teacher.lineage)
 

@@ -1,15 +1,17 @@
 """Elementary fits: one layer of a student by linear least squares on activations, in sums that do not grow."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transkd.errors import UserError
 from transkd.models.inherit.activations import Batch, Rule
 
-__all__ = ["Gram", "fit_conv", "fit_linear", "fit_norm", "patches", "rows", "write"]
+__all__ = ["Gram", "Solving", "fit_linear", "fit_norm", "patches", "rows", "write"]
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -75,15 +77,57 @@ class Gram:
         return weight, shift if bias else torch.zeros_like(shift)
 
 
+@dataclass
+class Solving:
+    """What all fits of a run share.
+
+    Attributes:
+        ridge: strength of the priors, see ``Gram``.
+        generator: of all random numbers.
+        advance: tells the progress bar that a part is done.
+        names: of the student's modules, for messages.
+        shortages: layers with fewer image positions than unknowns: name, positions, unknowns.
+    """
+
+    ridge: float = 1e-3
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    advance: Callable[[], None] = lambda: None
+    names: Mapping[nn.Module, str] = field(default_factory=dict)
+    shortages: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def check(self, gram: Gram, layer: nn.Module) -> None:
+        """Note a fit with too few positions; refuse one whose sums are not finite."""
+        name = self.names.get(layer, type(layer).__name__)
+        if not bool(torch.isfinite(gram.x).all() and torch.isfinite(gram.y).all()):
+            raise UserError(
+                f"solve: the activations around {name} hold NaN or infinity, expected finite ones. Look at the "
+                "images, and whether the teacher predicts anything on them"
+            )
+        unknowns = len(gram.xx) + 1
+        if gram.count < unknowns:
+            self.shortages.append((name, gram.count, unknowns))
+
+    def warnings(self) -> list[str]:
+        """What there is to say of the layer that lacks positions most."""
+        if not self.shortages:
+            return []
+        name, positions, unknowns = max(self.shortages, key=lambda shortage: shortage[2] / shortage[1])
+        return [
+            f"{name} is solved from {positions} image positions for {unknowns} unknowns, and {len(self.shortages)} "
+            f"layers in all from too few; the ridge keeps them near the teacher's weights. Better give "
+            f"{unknowns / positions:.1f} times as many images"
+        ]
+
+
 def fit_linear(
     batches: Iterable[Batch],
     layer: Layer,
     inputs: Rule,
     targets: Rule,
-    ridge: float,
+    solving: Solving,
     prior: Tensor | None = None,
     weight: Rule | None = None,
-) -> Gram:
+) -> None:
     """Solve a linear layer or a convolution for the targets.
 
     Args:
@@ -91,8 +135,8 @@ def fit_linear(
         layer: ``nn.Linear`` or ``nn.Conv2d`` (one group), changed in place.
         inputs: tokens [B, N, in] or a map [B, in, H, W] that the layer reads.
         targets: tokens [B, N', out] or a map [B, out, H', W'] that it should give.
-        ridge: strength of the prior, see ``Gram``.
-        prior: weight of the layer's shape.
+        solving: how strong the prior is, and where a shortage of positions is noted.
+        prior: weight of the layer's shape that the ridge pulls towards.
         weight: how much each output position counts [B, N'].
     """
     gram = Gram()
@@ -100,9 +144,9 @@ def fit_linear(
         x = inputs(batch)
         x = patches(x, layer) if isinstance(layer, nn.Conv2d) else x
         gram.add(x, targets(batch), None if weight is None else weight(batch))
-    solution, bias = gram.solve(ridge, None if prior is None else prior.flatten(1), layer.bias is not None)
+    solving.check(gram, layer)
+    solution, bias = gram.solve(solving.ridge, None if prior is None else prior.flatten(1), layer.bias is not None)
     write(layer, solution, bias)
-    return gram
 
 
 def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:

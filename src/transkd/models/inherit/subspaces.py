@@ -1,13 +1,21 @@
 """What a narrower network keeps of a wider one's activations, from their second moments alone."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Basis", "Moments", "identity_basis", "principal_basis", "reconstructing_units", "score_factors"]
-X = {}
+__all__ = [
+    "Basis",
+    "Moments",
+    "identity_basis",
+    "principal_basis",
+    "reconstructing_units",
+    "score_factors",
+    "value_factors",
+]
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,9 @@ class Basis:
         return self.up if self.identity else self.up * norm.weight
 
 
-def identity_basis(width: int, like: Tensor) -> Basis:
-    """The basis of a student as wide as its teacher."""
-    eye = torch.eye(width, device=like.device, dtype=like.dtype)
+def identity_basis(like: Tensor) -> Basis:
+    """The basis of a student as wide as its teacher; ``like`` [C, …] says how wide, and of which type."""
+    eye = torch.eye(len(like), device=like.device, dtype=like.dtype)
     return Basis(eye, eye, identity=True)
 
 
@@ -73,14 +81,16 @@ class Moments:
     """Second moment of rows and their mean, summed in float64."""
 
     def __init__(self) -> None:
-        self.count, self.total, self.products = 0, torch.zeros(()), torch.zeros(())
+        self.count: float = 0
+        self.total: Any = 0.0
+        self.products: Any = 0.0
 
-    def add(self, x: Tensor) -> None:
-        """Add rows [..., C]."""
+    def add(self, x: Tensor, times: float = 1) -> None:
+        """Add rows [..., C], each counted so many times."""
         x = x.reshape(-1, x.shape[-1]).double()
-        self.count += len(x)
-        self.total = self.total.to(x) + x.sum(0)
-        self.products = self.products.to(x) + x.T @ x
+        self.count += times * len(x)
+        self.total = self.total + times * x.sum(0)
+        self.products = self.products + times * (x.T @ x)
 
     def second(self) -> Tensor:
         """E[x xᵀ]."""
