@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transkd.layers.upsampling import upsampled
 from transkd.models.heads.segformer import SegformerHead
 from transkd.models.inherit.activations import Activations
-from transkd.models.inherit.fits import Gram, Solving, fit_linear, write
+from transkd.models.inherit.fits import Gram, Solving, fit_linear, some, write
 from transkd.models.inherit.subspaces import Moments, reconstructing_units
 
 __all__ = ["solve_head"]
+
+POSITIONS = 16  # for each unit that there is to choose from
 
 
 def solve_head(
@@ -50,7 +52,7 @@ def _solve_segformer(
         joined=lambda b: torch.cat([upsampled(f, b["features_s"][0].shape[-2:]) for f in b["features_s"]], dim=1),
         active_s=lambda b: F.relu(ours.linear_fuse.bn(_folded(*ours.fold(), b["features_s"]))),
     )
-    units = _kept_units(theirs, ours, batches)
+    units = _kept_units(theirs, ours, batches, solving)
     gram = Gram()
     for batch in batches:
         gram.add(batch["joined"], batch["sum_t"][:, units])
@@ -81,14 +83,16 @@ def _folded(weights: Sequence[Tensor], bias: Tensor, features: Sequence[Tensor])
     return torch.stack([upsampled(m, maps[0].shape[-2:]) for m in maps]).sum(0) + bias[:, None, None]
 
 
-def _kept_units(theirs: SegformerHead, ours: SegformerHead, batches: Activations) -> Tensor:
+def _kept_units(theirs: SegformerHead, ours: SegformerHead, batches: Activations, solving: Solving) -> Tensor:
     """Which units of the teacher's head a narrower one takes: those that explain the logits best."""
     count, of = ours.linear_pred.in_channels, theirs.linear_pred.in_channels
     if count == of:
         return torch.arange(of)
     moments = Moments()
     for batch in batches:
-        moments.add(batch["active_t"].permute(0, 2, 3, 1))
+        active = batch["active_t"].permute(0, 2, 3, 1).flatten(0, 2)
+        chosen = some(len(active), POSITIONS * of / len(batches), solving.generator).to(active.device)
+        moments.add(active[chosen])
     units = moments.covariance()
     return reconstructing_units(units, units @ theirs.linear_pred.weight.flatten(1).double().T, count).cpu()
 

@@ -7,10 +7,12 @@ from torch import Tensor
 from transkd.models.inherit.activations import Activations, Batch
 from transkd.models.inherit.attention import token_weight
 from transkd.models.inherit.families import Block
-from transkd.models.inherit.fits import Gram, Solving, fit_linear, fit_norm
+from transkd.models.inherit.fits import Gram, Solving, fit_linear, fit_norm, some
 from transkd.models.inherit.subspaces import Basis, reconstructing_units
 
 __all__ = ["solve_feed_forward"]
+
+POSITIONS = 16  # for each hidden unit that there is to choose from
 
 
 def solve_feed_forward(theirs: list[Block], ours: Block, basis: Basis, batches: Activations, solving: Solving) -> None:
@@ -32,7 +34,7 @@ def solve_feed_forward(theirs: list[Block], ours: Block, basis: Basis, batches: 
         solved=lambda b: b["student"] + student.fc2(b["active_s"]),
     )
     fit_norm(batches, ours.norm2, lambda b: b["student"], lambda b: basis.normed(theirs[-1].norm2, b["middles_t"][-1]))
-    units = _chosen_units(theirs, ours, batches)
+    units = _chosen_units(theirs, ours, batches, solving)
     incoming = torch.cat([block.ffn.fc1.weight @ basis.reader(block.norm2).T for block in theirs])
     outgoing = torch.cat([basis.down.T @ block.ffn.fc2.weight for block in theirs], dim=1)
     for name in ("weight", "bias"):
@@ -70,13 +72,16 @@ def _active(theirs: list[Block], batch: Batch) -> Tensor:
     return F.gelu(torch.cat(filtered, dim=-1))
 
 
-def _chosen_units(theirs: list[Block], ours: Block, batches: Activations) -> Tensor:
+def _chosen_units(theirs: list[Block], ours: Block, batches: Activations, solving: Solving) -> Tensor:
     """Which of the teacher's hidden units the student takes, all where it has as many."""
-    count = ours.ffn.fc1.out_features
-    if count == sum(block.ffn.fc1.out_features for block in theirs):
+    count, of = ours.ffn.fc1.out_features, sum(block.ffn.fc1.out_features for block in theirs)
+    if count == of:
         return torch.arange(count)
     gram = Gram()
     for batch in batches:
-        gram.add(batch["active_t"], batch["target"], token_weight(batch["end_t"]))
+        parts = [batch[name].flatten(0, 1) for name in ("active_t", "target", "end_t")]
+        chosen = some(len(parts[0]), POSITIONS * of / len(batches), solving.generator).to(parts[0].device)
+        active, target, end = (part[chosen] for part in parts)
+        gram.add(active, target, token_weight(end))
     units, outputs, _ = gram.centred()
     return reconstructing_units(units, outputs, count).cpu()

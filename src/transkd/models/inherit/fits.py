@@ -1,5 +1,6 @@
 """Elementary fits: one layer of a student by linear least squares on activations, in sums that do not grow."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transkd.errors import UserError
 from transkd.models.inherit.activations import Batch, Rule
 
-__all__ = ["Gram", "Solving", "fit_linear", "fit_norm", "patches", "rows", "write"]
+__all__ = ["Gram", "Solving", "fit_linear", "fit_norm", "patches", "rows", "some", "write"]
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -19,6 +20,11 @@ Layer = nn.Linear | nn.Conv2d
 def rows(x: Tensor) -> Tensor:
     """Tokens [..., C] or a map [B, C, H, W] of one batch as rows [N, C] in float64."""
     return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).reshape(-1, x.shape[1 if x.ndim == 4 else -1]).double()
+
+
+def some(positions: int, wanted: float, generator: torch.Generator) -> Tensor:
+    """Indices of so many positions at random, or of all."""
+    return torch.randperm(positions, generator=generator)[: max(1, math.ceil(wanted))]
 
 
 class Gram:

@@ -1,5 +1,7 @@
 """A subset of the teacher's weights as a student's start: weight selection."""
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,8 @@ from transkd.models.inherit.copying import block_sources, take_over
 from transkd.models.network import Network
 
 __all__ = ["start_from_subset"]
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -49,6 +53,12 @@ def start_from_subset(student: Network, teacher: Network) -> None:
                 "of segformer_b1"
             )
         taken[name] = _spaced(its, mine.shape)
+    if student.num_classes != teacher.num_classes:
+        log.info(
+            "select: the classes differ, %d and %d; the classifier starts from random weights",
+            teacher.num_classes,
+            student.num_classes,
+        )
     take_over(student, teacher, taken)
 
 

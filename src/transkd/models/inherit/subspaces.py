@@ -155,15 +155,19 @@ def reconstructing_units(units: Tensor, outputs: Tensor, count: int) -> Tensor:
     left = units.diagonal().clone()
     floor = 1e-9 * left.amax()
     outputs = outputs.clone()
+    shared = outputs.square().sum(1)
     columns = torch.zeros(len(units), count, dtype=units.dtype, device=units.device)
     taken = torch.zeros(len(units), dtype=torch.bool, device=units.device)
     for k in range(count):
-        gain = torch.where(left > floor, outputs.square().sum(1) / left.clamp_min(floor), 0.0)
+        gain = torch.where(left > floor, shared / left.clamp_min(floor), 0.0)
         j = int(gain.masked_fill(taken, -1.0).argmax())
         taken[j] = True
-        column = units[:, j] - columns[:, :k] @ columns[j, :k]
-        column = column / left[j].clamp_min(floor).sqrt()
-        outputs -= torch.outer(column, outputs[j] / left[j].clamp_min(floor).sqrt())
+        size = left[j].clamp_min(floor).sqrt()
+        column = (units[:, j] - columns[:, :k] @ columns[j, :k]) / size
+        explained = outputs[j] / size
+        # the squares of what is left of the outputs, without another walk through them
+        shared = shared - 2 * column * (outputs @ explained) + column.square() * explained.square().sum()
+        outputs.addr_(column, explained, alpha=-1)
         left = (left - column.square()).clamp_min(0)
         columns[:, k] = column
     return taken.nonzero().flatten()
