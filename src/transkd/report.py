@@ -12,6 +12,8 @@ import albumentations
 import lightning as L
 import timm
 import torch
+from rich.console import Console
+from rich.table import Table
 
 import transkd
 from transkd.data import SegmentationDataModule
@@ -104,18 +106,6 @@ def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], 
         values = [scores.iou[i].item() for scores in scored.values()]
         table.add_row(name, *["–" if value != value else f"{100 * value:.2f}" for value in values])
     Console().print(table)
-
-
-def report_scores(scores: Scores, weights: str, names: tuple[str, ...], protocol: str, run_dir: str | Path) -> None:
-    """Write ``results.json`` of one scored file of weights, and print its table."""
-    results = {
-        **describe_scores(scores, protocol, names),
-        "weights": weights,
-        "sha256": sha256(weights),
-        "versions": versions(),
-    }
-    write_results(results, Path(run_dir))
-    print_scores({"network": scores}, names, protocol)
 
 
 def report_scores(scores: Scores, weights: str, names: tuple[str, ...], protocol: str, run_dir: str | Path) -> None:
