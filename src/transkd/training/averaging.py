@@ -19,9 +19,9 @@ class StudentAverage(L.Callback):
 
     ``average ← d·average + (1 − d)·weights`` after each optimizer step, with ``d = min(decay, (1 + n) / (10 + n))`` at
     step n, so that the first steps do not count for long (the rule of TensorFlow's ExponentialMovingAverage). Buffers,
-    such as BatchNorm's statistics, are averaged as well; the terms' parameters and the teacher are not, as they would be
-    by Lightning's ``EMAWeightAveraging``. A checkpoint holds the average as the student and the current weights beside
-    it, from which training goes on.
+    such as BatchNorm's statistics, are averaged as well. The teacher and the terms' own parameters are not; Lightning's
+    ``EMAWeightAveraging`` would average them, too. A checkpoint holds the average as the student, and beside it the
+    current weights, from which training goes on.
 
     Args:
         decay: d, from 0 to below 1; 0.99 averages over about 100 steps.
