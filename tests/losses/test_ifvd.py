@@ -126,5 +126,5 @@ def test_errors():
         IFVDLoss(0)
     with pytest.raises(UserError, match="target=labels"):
         IFVDLoss(5)(*make_pair()[:2])
-    with pytest.raises(UserError, match="reads stage 5, but the student shows 4"):
+    with pytest.raises(UserError, match="reads stage 5, but the student returns 4"):
         IFVDLoss(5, stages=(5,))(*make_pair())
