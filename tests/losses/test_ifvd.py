@@ -8,7 +8,8 @@ from drawn import CLASSES, gradients, make_pair
 from largest import Largest
 
 from transkd.errors import UserError
-from transkd.losses.ifvd import IFVDLoss, class_members, prototype_similarity
+from transkd.losses.ifvd import IFVDLoss, prototype_similarity
+from transkd.losses.shared.grids import class_members
 from transkd.outputs import SegmentationOutput
 
 

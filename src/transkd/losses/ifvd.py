@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.losses.shared.checks import check_choice, check_count, check_stages, require_target
-from transkd.losses.shared.grids import feature_pairs, labels_on_grid, on_grid
+from transkd.losses.shared.grids import class_members, feature_pairs, labels_on_grid, on_grid
 from transkd.losses.shared.pieces import full_precision, positions_of
 from transkd.outputs import SegmentationOutput
 
-__all__ = ["IFVDLoss", "class_members", "prototype_similarity"]
+__all__ = ["IFVDLoss", "prototype_similarity"]
 
 DENOMINATORS = ("valid", "all")
 
@@ -73,18 +73,6 @@ class IFVDLoss(nn.Module):
             count = members.sum().clamp_min(1) if self.denominator == "valid" else difference.numel()
             losses.append(difference.square().sum() / count)
         return torch.stack(losses).sum()
-
-
-def class_members(labels: Tensor, valid: Tensor, num_classes: int) -> Tensor:
-    """Mask of the positions of each class, bool [B, K, h·w], from labels and valid [B, h, w].
-
-    Example:
-        >>> labels, valid = torch.tensor([[[1, 0]]]), torch.tensor([[[True, False]]])
-        >>> class_members(labels, valid, 2).tolist()
-        [[[False, False], [True, False]]]
-    """
-    classes = torch.arange(num_classes, device=labels.device)[:, None]
-    return (labels.flatten(1)[:, None] == classes) & valid.flatten(1)[:, None]
 
 
 def prototype_similarity(features: Tensor, members: Tensor) -> Tensor:

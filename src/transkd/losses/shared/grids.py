@@ -13,6 +13,7 @@ from transkd.outputs import IGNORE, SegmentationOutput
 
 __all__ = [
     "GRIDS",
+    "class_members",
     "connected_zero",
     "feature_pairs",
     "labels_on_grid",
@@ -75,6 +76,18 @@ def labels_on_grid(target: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]
     labels = nearest(target, size).long()
     valid = (labels != IGNORE) & (labels >= 0)
     return labels.masked_fill(~valid, 0), valid
+
+
+def class_members(labels: Tensor, valid: Tensor, num_classes: int) -> Tensor:
+    """Mask of the positions of each class, bool [B, K, h·w], from labels and valid [B, h, w].
+
+    Example:
+        >>> labels, valid = torch.tensor([[[1, 0]]]), torch.tensor([[[True, False]]])
+        >>> class_members(labels, valid, 2).tolist()
+        [[[False, False], [True, False]]]
+    """
+    classes = torch.arange(num_classes, device=labels.device)[:, None]
+    return (labels.flatten(1)[:, None] == classes) & valid.flatten(1)[:, None]
 
 
 def nearest(target: Tensor, size: Sequence[int]) -> Tensor:
