@@ -1,8 +1,8 @@
-"""Data sets, the data module and the drawn road scenes."""
+"""Data sets, the data module and the synthetic road scenes."""
 
 import os
 
-# Albumentations would otherwise look for a newer version of itself on the network at import.
+# Disable the version check that Albumentations makes over the network at import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 from transkd.data.acdc import find_acdc

@@ -1,4 +1,4 @@
-"""The names and colours of the driving-scene label sets."""
+"""Class names and colours of the label sets."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,7 @@ __all__ = ["CAMVID", "CITYSCAPES", "CLASS_SETS", "VOC", "ClassSet"]
 class ClassSet(NamedTuple):
     """The classes of a label set, in the order of their train ids.
 
-    Pixels that belong to no class carry the label 255; no loss and no score reads them, and pictures draw
-    them black.
+    Pixels without a class have the label 255: losses and scores ignore them, pictures show them in black.
 
     Attributes:
         names: one name per train id.
@@ -68,7 +67,7 @@ CITYSCAPES = ClassSet(
         (119, 11, 32),
     ),
 )
-"""The 19 classes of Cityscapes and ACDC; label 255 is ignored and drawn black."""
+"""The 19 classes of Cityscapes and ACDC."""
 
 CAMVID = ClassSet(
     names=(
@@ -98,7 +97,7 @@ CAMVID = ClassSet(
         (0, 128, 192),
     ),
 )
-"""The 11 classes of CamVid as SegNet's tutorial groups them; label 255 is ignored and drawn black."""
+"""The 11 classes of CamVid as grouped by the SegNet tutorial."""
 
 VOC = ClassSet(
     names=(
@@ -148,8 +147,10 @@ VOC = ClassSet(
         (0, 64, 128),
     ),
 )
-"""The 21 classes of Pascal VOC 2012. Its own colours, but for the background: black is for ignored pixels here, and
-the background has the colour that VOC draws those in."""
+"""The 21 classes of Pascal VOC 2012, with its colours except for the background.
+
+Pictures show ignored pixels in black, so the background has the colour that VOC uses for ignored pixels.
+"""
 
 CLASS_SETS = {"cityscapes": CITYSCAPES, "camvid": CAMVID, "voc": VOC}
-"""The label sets by the name that configurations use."""
+"""Label sets by the name used in configurations."""
