@@ -1,4 +1,4 @@
-"""What a run shows and records at its end: the table of scores, pictures, results.json."""
+"""Report of a run: table of scores, pictures, results.json."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], protocol: str) -> None:
-    """One table: mIoU, pixel accuracy and IoU per class of every scored network, in percent."""
+    """Print mIoU, pixel accuracy and IoU per class of every scored network, in percent."""
     scored = {network: scores for network, scores in networks.items() if scores is not None}
     table = Table(title=f"validation, protocol {protocol} [%]")
     table.add_column("")
@@ -51,7 +51,7 @@ def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], 
 def save_report_pictures(
     run_dir: Path, data: SegmentationDataModule, networks: Mapping[str, Network | None], count: int
 ) -> None:
-    """``pictures/predictions.png`` (image | label | each network, evenly spaced images) and ``pictures/curves.png``."""
+    """Save ``pictures/predictions.png`` (image, label and each network's prediction) and ``pictures/curves.png``."""
     folder = run_dir / "pictures"
     folder.mkdir(exist_ok=True)
     metrics = run_dir / "metrics.csv"
@@ -73,7 +73,7 @@ def save_report_pictures(
 
 
 def describe_scores(scores: Scores | None, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:
-    """Scores as JSON holds them: fractions, None for a class that never occurs."""
+    """Convert scores for JSON: fractions, None for a class that does not occur."""
     if scores is None:
         return {}
     iou = {
@@ -94,7 +94,7 @@ def write_results(results: dict[str, Any], run_dir: Path) -> None:
 
 
 def count_parameters(student: Network, criterion: Criterion) -> dict[str, int]:
-    """Parameters of the deployed student, and of what is trained around it."""
+    """Count the parameters of the student and of the modules that are trained with it."""
     return {
         "student": sum(p.numel() for p in student.parameters()),
         "training_modules": sum(p.numel() for p in criterion.parameters()),
@@ -102,12 +102,12 @@ def count_parameters(student: Network, criterion: Criterion) -> dict[str, int]:
 
 
 def sha256(path: Path) -> str | None:
-    """Hash of a file, to tell later which one it was; None for a folder or a hub's address."""
+    """SHA-256 of a file; None for a folder or a hub address."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Versions of Python and of the libraries that results depend on."""
     modules = {
         "transkd": transkd,
         "torch": torch,

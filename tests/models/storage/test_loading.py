@@ -264,7 +264,7 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
         "zip.pth": lambda path: torch.save({"weight": torch.zeros(1), "more": Bomb(mark)}, path),
     }.items():
         write(tmp_path / name)
-        refused(tmp_path / name, "is no readable weights file: expected safetensors or a PyTorch checkpoint")
+        refused(tmp_path / name, "is not a readable weights file: expected safetensors or a PyTorch checkpoint")
     assert not mark.exists()
     pickle.loads((tmp_path / "plain.pth").read_bytes())  # the bomb is live
     assert mark.exists()
@@ -286,7 +286,7 @@ def test_truncated(tmp_path, kind, size):
         torch.save(tensors, path, _use_new_zipfile_serialization=kind == "torch")
     assert read_weights(path).tensors.keys() == tensors.keys()
     path.write_bytes(path.read_bytes()[:size])
-    refused(path, r"damaged|is no readable weights file")
+    refused(path, r"damaged|is not a readable weights file")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_truncated(tmp_path, kind, size):
 def test_foreign(tmp_path, content):
     path = tmp_path / "foreign.bin"
     path.write_bytes(content)
-    refused(path, r"damaged safetensors|is no readable weights file")
+    refused(path, r"damaged safetensors|is not a readable weights file")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -332,4 +332,4 @@ def test_altered_bytes_are_an_error_for_the_user_or_harmless(tmp_path):
 def test_a_checkpoint_without_tensors_by_name(tmp_path, content):
     path = tmp_path / "other.pth"
     torch.save(content, path)
-    refused(path, "holds no weights: expected a mapping of names to tensors")
+    refused(path, "contains no weights: expected a mapping of names to tensors")
