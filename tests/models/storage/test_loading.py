@@ -161,7 +161,7 @@ def test_an_imagenet_encoder_leaves_the_head(trained, fresh, tmp_path, caplog, w
         load_weights(fresh, path)
     assert equal(fresh.encoder, trained.encoder.state_dict())
     assert equal(fresh.head, before)
-    assert "encoder alone" in caplog.text
+    assert "only an encoder" in caplog.text
     assert fresh.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])  # a foreign file brings none
 
 
@@ -272,7 +272,7 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
 
 def test_missing(tmp_path):
     refused(tmp_path / "nowhere.pth", "weights file not found")
-    refused(tmp_path, r"is no folder of weights: expected config.json beside model.safetensors")
+    refused(tmp_path, r"is not a folder of weights: expected config.json and model.safetensors")
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 9, 100, -1])
