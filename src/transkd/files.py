@@ -1,5 +1,6 @@
 """Atomic writing of files, and reading of tensor files without executing code."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from transkd.errors import UserError
 
-__all__ = ["read_tensor_file", "tensors_in", "write_atomically"]
+__all__ = ["read_tensor_file", "sha256", "tensors_in", "write_atomically"]
 
 
 def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
@@ -100,3 +101,9 @@ def tensors_in(content: Any, source: str | Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{source} contains no weights: expected a mapping of names to tensors")
     return tensors
+
+
+def sha256(path: str | Path) -> str | None:
+    """SHA-256 of a file; None for a folder or a hub address."""
+    path = Path(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
