@@ -23,12 +23,12 @@ class TapLayout(NamedTuple):
     strides: tuple[int, ...]
 
     @classmethod
-    def infer(cls, name: str, shown: Any, image: Tensor, module: nn.Module) -> "TapLayout":
+    def infer(cls, name: str, output: Any, image: Tensor, module: nn.Module) -> "TapLayout":
         """Determine the only layout that is consistent with a tap's output for the probe."""
-        tensor, size = first_tensor(shown), tuple(image.shape[-2:])
+        tensor, size = first_tensor(output), tuple(image.shape[-2:])
         if tensor is None:
             raise UserError(
-                f"tap {name!r} returns {describe(shown)}, expected a tensor or a tuple that starts with one; "
+                f"tap {name!r} returns {describe(output)}, expected a tensor or a tuple that starts with one; "
                 f"tap another submodule, such as {alternatives(name, module)}"
             )
         readings = consistent_layouts(tensor, image)
@@ -47,18 +47,18 @@ class TapLayout(NamedTuple):
         strides = tuple(stride for stride in STRIDES if axes == "BNC" and grid_of(tensor.shape[1], size, [stride]))
         return cls(name, axes, tensor.shape[axes.index("C")], strides)
 
-    def to_map(self, shown: Any, image: Tensor) -> Tensor:
+    def to_map(self, output: Any, image: Tensor) -> Tensor:
         """Convert to a map [B, C, H, W]."""
-        tensor = self._checked(shown, image)
+        tensor = self._checked(output, image)
         if self.axes == "BCHW":
             return tensor
         if self.axes == "BHWC":
             return tensor.permute(0, 3, 1, 2)
         return tensor.transpose(1, 2).reshape(len(tensor), self.channels, *self._grid(tensor, image))
 
-    def to_tokens(self, shown: Any, image: Tensor) -> Tensor:
+    def to_tokens(self, output: Any, image: Tensor) -> Tensor:
         """Convert to tokens [B, N, C]."""
-        tensor = self._checked(shown, image)
+        tensor = self._checked(output, image)
         if self.axes == "BCHW":
             return tensor.flatten(2).transpose(1, 2)
         return tensor.flatten(1, 2) if self.axes == "BHWC" else tensor
@@ -66,8 +66,8 @@ class TapLayout(NamedTuple):
     def _grid(self, tensor: Tensor, image: Tensor) -> tuple[int, int]:
         return grid_of(tensor.shape[1], image.shape[-2:], self.strides) or (0, 0)
 
-    def _checked(self, shown: Any, image: Tensor) -> Tensor:
-        tensor = first_tensor(shown)
+    def _checked(self, output: Any, image: Tensor) -> Tensor:
+        tensor = first_tensor(output)
         if (
             tensor is not None
             and tensor.ndim == len(self.axes)
@@ -75,7 +75,7 @@ class TapLayout(NamedTuple):
             and (self.axes != "BNC" or all(self._grid(tensor, image)))
         ):
             return tensor
-        what = describe(shown if tensor is None else tensor)
+        what = describe(output if tensor is None else tensor)
         raise UserError(
             f"tap {self.name!r} returns {what} for images {list(image.shape)}, expected {LAYOUTS[self.axes]} with "
             f"C = {self.channels} as for the probe; give a probe of the images' size: probe=(H, W)"
@@ -105,16 +105,16 @@ def grid_of(tokens: int, size: Sequence[int], strides: Iterable[int]) -> tuple[i
     return None
 
 
-def first_tensor(shown: Any) -> Tensor | None:
+def first_tensor(output: Any) -> Tensor | None:
     """Return the tensor, or the first element of a tuple or list if that is a tensor, else None."""
-    if isinstance(shown, (tuple, list)) and shown:
-        shown = shown[0]
-    return shown if isinstance(shown, Tensor) else None
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
 
 
-def describe(shown: Any) -> str:
+def describe(output: Any) -> str:
     """Describe an output for messages."""
-    return f"a tensor of shape {list(shown.shape)}" if isinstance(shown, Tensor) else f"a {type(shown).__name__}"
+    return f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
 
 
 def alternatives(name: str, module: nn.Module) -> str:

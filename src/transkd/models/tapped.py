@@ -222,8 +222,8 @@ def _unchanged(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Check that the outputs of the taps are not modified in place within the context."""
     versions: dict[str, tuple[Tensor, int]] = {}
 
-    def record(name: str, module: nn.Module, args: Any, shown: Any) -> None:
-        tensor = first_tensor(shown)
+    def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        tensor = first_tensor(output)
         if tensor is not None and not tensor.is_inference():  # inference tensors have no version counter
             versions[name] = tensor, tensor._version
 
