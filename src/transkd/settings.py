@@ -116,6 +116,7 @@ class TeacherSettings(Settings):
     weights: Text | None = None
     license: Text | None = None
     min_miou: Share = 0.1
+    standardise: bool | Literal["auto"] = "auto"
     fit: TeacherFitSettings = TeacherFitSettings()
 
 
@@ -162,6 +163,7 @@ class TrainerSettings(Settings):
     gradient_clip_val: NonNegative | None = None
     log_every_n_steps: Count | None = 10
     accelerator: str = "auto"
+    enable_progress_bar: bool = True
 
 
 class ProcessSettings(Settings):
