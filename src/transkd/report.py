@@ -1,7 +1,8 @@
-"""What a run shows and records at its end: the table of scores, pictures, results.json."""
+"""Report of a run: table of scores, pictures, results.json."""
 
-import hashlib
+import copy
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,25 +17,84 @@ from rich.table import Table
 
 import transkd
 from transkd.data import SegmentationDataModule
-from transkd.files import write_atomically
+from transkd.files import sha256, write_atomically
 from transkd.losses import Criterion
 from transkd.metrics import PROTOCOLS, Scores
-from transkd.models import Network
+from transkd.models import Network, add_lora
 from transkd.pictures import colourise, draw_curves, save_sheet
+from transkd.settings import LoraSettings
+from transkd.training.build import Parts
 
 __all__ = [
     "count_parameters",
     "describe_scores",
+    "log_sizes",
     "print_scores",
+    "report_run",
+    "report_scores",
     "save_report_pictures",
-    "sha256",
     "versions",
     "write_results",
 ]
 
+log = logging.getLogger(__name__)
+
+
+def log_sizes(student: Network, criterion: Criterion, lora: LoraSettings) -> None:
+    """Log the parameters of the student, of the training modules and, with low-rank terms, the trained ones."""
+    count = count_parameters(student, criterion)
+    log.info(
+        "student: %.2f M parameters; with the training modules %.2f M, which are not deployed",
+        count["student"] / 1e6,
+        sum(count.values()) / 1e6,
+    )
+    if lora.rank is None:
+        return
+    adapted = copy.deepcopy(student)  # a copy: the student's weights are loaded later; this checks the settings early
+    add_lora(adapted, lora.rank, lora.train, lora.keep_drop_path)
+    log.info(
+        "student: %.2f M parameters are trained: low-rank terms, which are merged into the weights, and %s",
+        sum(p.numel() for p in adapted.parameters() if p.requires_grad) / 1e6,
+        ", ".join(lora.train) or "nothing else",
+    )
+
+
+def report_run(
+    run_dir: Path,
+    parts: Parts,
+    scores: Mapping[str, Scores | None],
+    facts: dict[str, Any],
+    notes: dict[str, Any],
+    pictures: int,
+) -> None:
+    """Write ``results.json`` and the pictures of a training run, and print the table of scores.
+
+    Args:
+        run_dir: the run's folder, with student.safetensors and metrics.csv.
+        parts: the run's data, networks and criterion.
+        scores: scores of "teacher" and "student"; None if not scored.
+        facts: additional entries of ``results.json``.
+        notes: notes in the student's weights file.
+        pictures: number of validation images to draw.
+    """
+    protocol, names = parts.data.protocol, parts.data.classes.names
+    about_teacher = {key: value for key, value in notes.items() if key.startswith("teacher_")}
+    results = {
+        **describe_scores(scores["student"], protocol, names),
+        "teacher": about_teacher | describe_scores(scores["teacher"], protocol, names),
+        "terms": parts.criterion.weights,
+        **facts,
+        "parameters": count_parameters(parts.student, parts.criterion),
+        "sha256": {"student.safetensors": sha256(run_dir / "student.safetensors")},
+        "versions": versions(),
+    }
+    write_results(results, run_dir)
+    save_report_pictures(run_dir, parts.data, {"teacher": parts.teacher, "student": parts.student}, pictures)
+    print_scores(scores, names, protocol)
+
 
 def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], protocol: str) -> None:
-    """One table: mIoU, pixel accuracy and IoU per class of every scored network, in percent."""
+    """Print mIoU, pixel accuracy and IoU per class of every scored network, in percent."""
     scored = {network: scores for network, scores in networks.items() if scores is not None}
     table = Table(title=f"validation, protocol {protocol} [%]")
     table.add_column("")
@@ -48,10 +108,22 @@ def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], 
     Console().print(table)
 
 
+def report_scores(scores: Scores, weights: str, names: tuple[str, ...], protocol: str, run_dir: str | Path) -> None:
+    """Write ``results.json`` of one scored file of weights, and print its table."""
+    results = {
+        **describe_scores(scores, protocol, names),
+        "weights": weights,
+        "sha256": sha256(weights),
+        "versions": versions(),
+    }
+    write_results(results, Path(run_dir))
+    print_scores({"network": scores}, names, protocol)
+
+
 def save_report_pictures(
     run_dir: Path, data: SegmentationDataModule, networks: Mapping[str, Network | None], count: int
 ) -> None:
-    """``pictures/predictions.png`` (image | label | each network, evenly spaced images) and ``pictures/curves.png``."""
+    """Save ``pictures/predictions.png`` (image, label and each network's prediction) and ``pictures/curves.png``."""
     folder = run_dir / "pictures"
     folder.mkdir(exist_ok=True)
     metrics = run_dir / "metrics.csv"
@@ -73,7 +145,7 @@ def save_report_pictures(
 
 
 def describe_scores(scores: Scores | None, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:
-    """Scores as JSON holds them: fractions, None for a class that never occurs."""
+    """Convert scores for JSON: fractions, None for a class that does not occur."""
     if scores is None:
         return {}
     iou = {
@@ -94,20 +166,15 @@ def write_results(results: dict[str, Any], run_dir: Path) -> None:
 
 
 def count_parameters(student: Network, criterion: Criterion) -> dict[str, int]:
-    """Parameters of the deployed student, and of what is trained around it."""
+    """Count the parameters of the student and of the modules that are trained with it."""
     return {
         "student": sum(p.numel() for p in student.parameters()),
         "training_modules": sum(p.numel() for p in criterion.parameters()),
     }
 
 
-def sha256(path: Path) -> str | None:
-    """Hash of a file, to tell later which one it was; None for a folder or a hub's address."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Versions of Python and of the libraries that results depend on."""
     modules = {
         "transkd": transkd,
         "torch": torch,

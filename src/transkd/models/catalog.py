@@ -1,4 +1,4 @@
-"""The networks with a name of their own: which encoder, which head."""
+"""Catalogue of named networks: encoder and head of each."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,12 +7,12 @@ __all__ = ["SEGMENTERS", "Recipe"]
 
 
 class Recipe(NamedTuple):
-    """What a named network is made of."""
+    """Encoder, head and head width of a named network."""
 
     encoder: str
     head: str
     width: int
-    args: Mapping[str, Any] = {}  # for the encoder
+    args: Mapping[str, Any] = {}  # arguments of the encoder
 
 
 SEGMENTERS: dict[str, Recipe] = {
@@ -31,4 +31,4 @@ SEGMENTERS: dict[str, Recipe] = {
     "pvt_v2_b5": Recipe("pvt_v2_b5", "fpn", 256),
     "deeplabv3plus_resnet101": Recipe("resnet101", "deeplabv3plus", 256, {"output_stride": 16}),
 }
-"""Networks with a name of their own; any other name is taken for a timm encoder."""
+"""Named networks; any other name is looked up among timm's models."""
