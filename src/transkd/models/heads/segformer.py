@@ -83,7 +83,8 @@ class SegformerHead(nn.Module):
         """Logits at the resolution of the first feature."""
         weights, bias = self.fold()
         maps = [F.conv2d(feature, weight) for feature, weight in zip(features, weights, strict=True)]
-        maps[-1] = maps[-1] + bias[:, None, None]  # of the smallest map, where its gradient is cheap
+        # To the smallest map, where its gradient is cheap, and in the map's type, which autocast has made smaller.
+        maps[-1] = maps[-1] + bias.to(maps[-1].dtype)[:, None, None]
         fused = _upsampled_sum(maps)
         activated = F.relu(self.linear_fuse.bn(fused), inplace=True)
         logits: Tensor = self.linear_pred(self.dropout(activated))
