@@ -59,7 +59,8 @@ class FrozenTeacher(nn.Module):
     @contextmanager
     def _weights_cast(self, device: str) -> Iterator[None]:
         """Under autocast, put the weights that it would cast at every step in their places as it would cast them."""
-        compiled = self.network._compiled_call_impl is not None  # which casts them along with other work
+        # compiled code casts them along with other work
+        compiled = any(module._compiled_call_impl is not None for module in self.network.modules())
         if compiled or not torch.is_autocast_enabled(device):
             yield
             return
