@@ -194,7 +194,7 @@ class Step:
             modules = filter(None, (student, teacher, *parts.criterion.terms.values()))
             compile_in_place(*modules, mode=compiled, whole=whole)
         graph = teacher is None or "teacher-graph" in choices
-        self.teacher = teacher if graph else FrozenTeacher(teacher)
+        self.teacher = teacher if graph else FrozenTeacher(teacher, cast_once=not compiled)
 
     def __call__(self, image: Tensor, target: Tensor) -> None:
         """The whole step; no gradient is left."""

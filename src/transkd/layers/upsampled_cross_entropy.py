@@ -77,7 +77,7 @@ def _cross_entropy_and_gradient(scores: Tensor, labels: Tensor, shares: Tensor) 
     chosen = scores.gather(1, labels)
     mass = scores.exp_().sum(1, keepdim=True)
     scores *= shares / mass
-    if torch.compiler.is_compiling() and products_pay(scores):  # fused with the line above; a scatter is not
+    if torch.compiler.is_compiling():  # fused with the line above; a scatter is not
         classes = torch.arange(scores.shape[1], device=scores.device)[:, None, None]
         scores -= torch.where(classes == labels, shares, 0)
     else:
@@ -124,7 +124,7 @@ class _Band:
 
 
 class _BandOfProducts(_Band):
-    """The same for a GPU: one kernel for all columns, and a gradient of matrix products."""
+    """The same for a GPU and compiled code: one kernel for all columns, and a gradient of matrix products."""
 
     def upsample(self, logits: Tensor, requires_grad: bool) -> Tensor:
         narrow = self._narrow(logits)
@@ -142,7 +142,7 @@ class _BandOfProducts(_Band):
 
 def _bands(logits: Tensor, size: torch.Size) -> Iterator[_Band]:
     kind, count = _Band, BANDS
-    if products_pay(logits):
+    if products_pay(logits) or torch.compiler.is_compiling():
         kind = _BandOfProducts
         count = -(-logits[:, :, 0, 0].numel() * size[0] * size[1] // AT_ONCE_ON_GPU)
     height = -(-size[0] // min(count, size[0]))
