@@ -178,6 +178,7 @@ def part_cross_entropy() -> None:
     from transkd.outputs import SegmentationOutput
 
     torch.set_float32_matmul_precision("high")
+
     def plain(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         wide = F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
         return F.cross_entropy(wide, target, ignore_index=255)
