@@ -41,7 +41,9 @@ def run(cfg: DictConfig) -> None:
     check_arguments(cfg)
     ckpt_path = find_checkpoint(settings.ckpt_path, settings.name)
     prepare_process(settings.keep_freed_memory)
-    device = Device.choose(settings.trainer.accelerator, settings.compile, settings.channels_last)
+    device = Device.choose(
+        settings.trainer.accelerator, settings.compile, settings.channels_last, settings.compile_regions
+    )
     device.check()
     L.seed_everything(settings.seed, verbose=False)
 

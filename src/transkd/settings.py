@@ -183,6 +183,7 @@ class TrainSettings(ProcessSettings):
     ckpt_path: Text | None = None
     gradients_every: Count = 0
     compile: bool | str = False
+    compile_regions: bool = False
     channels_last: bool | Literal["auto"] = "auto"
     pictures: Count = 4
     data: DataSettings
