@@ -126,6 +126,7 @@ def start_student(
     images = calibration_images(data, solve.images, solve.folder, settings.seed)
     teacher.to(device.local)
     report = inherit(teacher, student, images, how, seed=settings.seed, progress=settings.trainer.enable_progress_bar)
+    teacher.cpu()  # Lightning moves it again
     log.info("student: %s", report.summary())
     if not teaching.can_be_scored(student, data):
         return report.as_dict()
@@ -141,6 +142,7 @@ def freeze_teacher(settings: TrainSettings, parts: Parts, device: Device) -> Fro
     parts.teacher.to(device.local)
     images = calibration_images(parts.data, settings.student.solve.images, seed=settings.seed, device=device.local)
     scales = frozen.standardise(images, settings.teacher.standardise)
+    parts.teacher.cpu()
     if scales:
         log.info(
             "teacher: features are standardised per channel; their standard deviations were %s (teacher.standardise)",
