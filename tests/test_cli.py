@@ -172,7 +172,7 @@ def test_a_batch_of_unlike_sizes(call, trained):
     scaled = "[{_target_:albumentations.RandomScale,scale_limit:[0.1,1],p:1}]"
     where = [f"data.root={trained / 'data'}", "distill=none"]
     message = call(train, *TINY, *where, f"data.train_transform.transforms={scaled}")
-    assert "must be of one size" in message
+    assert "must have the same size" in message
     assert "data.batch_size=1" in message
 
 
