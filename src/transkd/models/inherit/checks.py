@@ -1,7 +1,7 @@
 """What is refused before anything is solved, each with one line that says what would work."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,18 @@ from transkd.models.segmenter import Segmenter
 
 __all__ = ["Images", "Pair", "check_finite", "check_images", "check_pair", "image_batches"]
 
-Images = Tensor | Sequence[Tensor]
+
+class ImageSource(Protocol):
+    """Images [3, H, W] or batches [B, 3, H, W] that can be gone through several times; the length counts images."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Images or batches."""
+
+
+Images = Tensor | Sequence[Tensor] | ImageSource
 BATCH = 8
 SMALLEST = 32  # pixels a side, the stride of the deepest stage
 
