@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
@@ -47,6 +47,7 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], None]], 
 
             def job(cfg: DictConfig) -> None:
                 with mistakes_explained():  # inside the job too, where Hydra would add a line of its own
+                    import_plugins(cfg.get("plugins") or ())
                     main(cfg)
 
             with mistakes_explained():
@@ -56,6 +57,24 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], None]], 
         return command
 
     return decorate
+
+
+def import_plugins(names: Iterable[str]) -> None:
+    """Import a user's own modules before anything is built: they enter networks and protocols in our registers.
+
+    Raises:
+        UserError: no such module; an error inside of one keeps its traceback.
+    """
+    for name in names:
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            raise UserError(
+                f"plugins=[{name}]: there is no module {error.name} to import; install it, or start the command in the "
+                "folder that holds it"
+            ) from error
 
 
 def explain(error: BaseException) -> str | None:
