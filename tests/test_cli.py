@@ -320,7 +320,7 @@ def test_answers_before_anything_heavy_is_imported(tmp_path, command, arguments)
 @pytest.mark.parametrize("module", [predict, evaluate])
 def test_freed_memory_is_kept_where_a_network_only_looks(call, tmp_path, monkeypatch, module, keeps):
     asked = []
-    monkeypatch.setattr("transkd.training.memory.keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setattr("transkd.training.process.keep_freed_memory", lambda: asked.append(True))
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     others = ["input=image.png"] if module is predict else ["+experiment=demo"]
     message = call(module, "weights=nowhere.safetensors", f"keep_freed_memory={str(keeps).lower()}", *others)

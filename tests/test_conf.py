@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from transkd.cli import CONF
 from transkd.data import SegmentationDataModule
 from transkd.losses import Criterion
-from transkd.run import build_criterion, build_trainer
+from transkd.training.build import build_criterion, build_teacher, build_trainer
 
 ROOTS = sorted(path.stem for path in CONF.glob("*.yaml"))
 OPTIONS = sorted(
@@ -39,6 +39,11 @@ def composed(tmp_path):
             return compose(config, [*given, *overrides])
 
     return composed
+
+
+def built(cfg, student):
+    teacher = build_teacher(cfg)
+    return build_criterion(cfg, student.channels, teacher.channels if teacher is not None else ()), teacher
 
 
 def check_resolved(cfg, missing=()):
@@ -92,7 +97,7 @@ def test_every_option_is_an_override(composed, group, option):
 def test_a_set_of_terms_is_built(composed, option):
     with torch.device("meta"):
         cfg = composed(f"distill={option}")
-        criterion, teacher = build_criterion(cfg, instantiate(cfg.student.network))
+        criterion, teacher = built(cfg, instantiate(cfg.student.network))
     assert isinstance(criterion, Criterion)
     assert (teacher is not None) == (set(criterion.terms) != {"task"}) == (option != "none")
 
@@ -130,7 +135,7 @@ def test_an_experiment_is_built(composed, experiment):
     assert isinstance(data, SegmentationDataModule)
     with torch.device("meta"):  # sizes without numbers: a B2 costs nothing
         student = instantiate(cfg.student.network)
-        criterion, teacher = build_criterion(cfg, student)
+        criterion, teacher = built(cfg, student)
     for network in (student, teacher):
         if network is not None:
             assert network.num_classes == data.num_classes == len(data.classes.names)

@@ -116,7 +116,10 @@ def test_weights_of_ones_own_are_adapted(root, teacher):
     [
         (["distill=none"], r"lora.rank=4 adapts weights that are there.*student.weights=PATH.*from_teacher=true"),
         (["distill=wecolora", "student.lora.train=[decoder]"], "no module 'decoder' in the network"),
-        (["distill=wecolora", "student.lora.rank=0"], "must be 1 or more; got 0"),
+        (
+            ["distill=wecolora", "student.lora.rank=0"],
+            "student.lora.rank=0: expected a whole number of at least 1",
+        ),
     ],
 )
 def test_what_does_not_fit_shows_before_anything_long(root, settings, message, caplog):

@@ -7,11 +7,11 @@ import torch
 from hydra.utils import instantiate
 from runs import assert_identical, composed, results, student
 
-from transkd import run as run_module
 from transkd.errors import UserError
 from transkd.models import FrozenTeacher, load_segmenter
 from transkd.run import run
 from transkd.training.distiller import Distiller
+from transkd.training.rehearsal import check_schedules
 
 SHORT = ["pictures=0", "trainer.max_epochs=2", "distill=transkd_cwd", "term=[pea,cwd]"]
 
@@ -60,7 +60,8 @@ def test_the_early_look_at_schedules_asks_for_no_epochs_and_counts_every_step(ro
         cfg.channels.student = cfg.channels.teacher = [8, 16, 40, 64]
         data = instantiate(cfg.data)
         data.prepare_data()
-        run_module.check_schedules(cfg, instantiate(cfg.criterion), data)
+        trainer = cfg.trainer
+        check_schedules(instantiate(cfg.criterion), data, trainer.max_epochs, trainer.accumulate_grad_batches)
 
     look("trainer.max_epochs=null")
     look("trainer.max_epochs=1", "trainer.accumulate_grad_batches=3")  # 4 batches are 2 steps

@@ -12,7 +12,6 @@ from unittest import mock
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
@@ -26,8 +25,9 @@ from transkd.layers.token_linear import TokenLinear
 from transkd.losses import Criterion
 from transkd.models import FrozenTeacher, Network, SegformerHead, Segmenter
 from transkd.outputs import EVERYTHING, SegmentationOutput
-from transkd.run import build_criterion, build_student
-from transkd.training.device import compile_in_place, set_memory_format
+from transkd.settings import TrainSettings
+from transkd.training.build import build_criterion, build_optimization, build_student, build_teacher
+from transkd.training.device import Device, compile_in_place
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative
 # of compiled steps, compared as they are timed: TensorFloat-32 or bfloat16, sums in another order
@@ -69,7 +69,7 @@ def mistakes_as_user_errors() -> Iterator[None]:
 
 def compose_config(args: argparse.Namespace, distill: str, *overrides: str) -> DictConfig:
     """The configuration of ``python -m transkd.train`` with these settings."""
-    given = [f"student={args.student}", f"teacher={args.teacher}", f"distill={distill}"]
+    given = [f"student={args.student}", f"teacher={args.teacher}", f"distill={distill}", "run_dir=."]
     with mistakes_as_user_errors(), initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", [*given, *overrides])
 
@@ -81,16 +81,17 @@ def build_parts(cfg: DictConfig, device: torch.device, optimizer: bool = False) 
     """
     torch.manual_seed(0)
     with mistakes_as_user_errors():
-        student = build_student(cfg)
-        criterion, teacher = build_criterion(cfg, student)
+        student = build_student(cfg, TrainSettings.read(cfg).student)
+        teacher = build_teacher(cfg)
+        criterion = build_criterion(cfg, student.channels, teacher.channels if teacher is not None else ())
     for network in filter(None, (student, teacher)):
         roughen(network)
     for part in filter(None, (student, teacher, criterion)):
         leave_nothing_out(part.train().to(device))
-    cfg.trainer.accelerator = "cpu" if device.type == "cpu" else "auto"
-    set_memory_format(cfg, student, teacher, criterion)
+    accelerator = "cpu" if device.type == "cpu" else "auto"
+    Device.choose(accelerator, channels_last=cfg.channels_last).lay_out(student, teacher, criterion)
     parts = Parts(student, teacher, criterion, None)
-    return parts._replace(optimizer=instantiate(cfg.optim.optimizer)(parts.trained())) if optimizer else parts
+    return parts._replace(optimizer=build_optimization(cfg).optimizer(parts.trained())) if optimizer else parts
 
 
 def leave_nothing_out(module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from transkd.errors import UserError
+from transkd.settings import ProcessSettings
 
 __all__ = ["CONF", "hydra_command"]
 
@@ -23,10 +24,13 @@ PACKAGE = Path(__file__).parent
 CONF = next((path for path in (PACKAGE / "conf", PACKAGE.parents[1] / "conf") if path.is_dir()), PACKAGE / "conf")
 
 
-def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def hydra_command(
+    config_name: str, settings: type[ProcessSettings]
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make ``main(cfg)`` a command: composed by Hydra from ``conf/<config_name>.yaml``, user errors on one line.
 
-    A bug keeps its traceback; so does everything when the user sets HYDRA_FULL_ERROR=1.
+    The configuration is checked against ``settings`` before ``main`` imports torch. A bug keeps its traceback; so does
+    everything when the user sets HYDRA_FULL_ERROR=1.
     """
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -47,7 +51,7 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], None]], 
 
             def job(cfg: DictConfig) -> None:
                 with mistakes_explained():  # inside the job too, where Hydra would add a line of its own
-                    import_plugins(cfg.get("plugins") or ())
+                    import_plugins(settings.read(cfg).plugins)
                     main(cfg)
 
             with mistakes_explained():

@@ -1,5 +1,6 @@
 """Files: written whole or not at all; tensors read without executing anything."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from transkd.errors import UserError
 
-__all__ = ["read_tensor_file", "tensors_in", "write_atomically"]
+__all__ = ["read_tensor_file", "sha256", "tensors_in", "write_atomically"]
 
 
 def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
@@ -99,3 +100,9 @@ def tensors_in(content: Any, source: str | Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{source} holds no weights: expected a mapping of names to tensors")
     return tensors
+
+
+def sha256(path: str | Path) -> str | None:
+    """Hash of a file, to tell later which one it was; None for a folder or a hub's address."""
+    path = Path(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

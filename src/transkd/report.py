@@ -1,7 +1,8 @@
 """What a run shows and records at its end: the table of scores, pictures, results.json."""
 
-import hashlib
+import copy
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,21 +17,80 @@ from rich.table import Table
 
 import transkd
 from transkd.data import SegmentationDataModule
-from transkd.files import write_atomically
+from transkd.files import sha256, write_atomically
 from transkd.losses import Criterion
 from transkd.metrics import PROTOCOLS, Scores
-from transkd.models import Network
+from transkd.models import Network, add_lora
 from transkd.pictures import colourise, draw_curves, save_sheet
+from transkd.settings import LoraSettings
+from transkd.training.build import Parts
 
 __all__ = [
     "count_parameters",
     "describe_scores",
+    "log_sizes",
     "print_scores",
+    "report_run",
+    "report_scores",
     "save_report_pictures",
-    "sha256",
     "versions",
     "write_results",
 ]
+
+log = logging.getLogger(__name__)
+
+
+def log_sizes(student: Network, criterion: Criterion, lora: LoraSettings) -> None:
+    """Log what is deployed, what is dropped after training and, with low-rank terms, what is trained."""
+    count = count_parameters(student, criterion)
+    log.info(
+        "student: %.2f M parameters; with the training modules %.2f M, which are not deployed",
+        count["student"] / 1e6,
+        sum(count.values()) / 1e6,
+    )
+    if lora.rank is None:
+        return
+    adapted = copy.deepcopy(student)  # its weights are still to come; terms that do not fit it are refused here
+    add_lora(adapted, lora.rank, lora.train, lora.keep_drop_path)
+    log.info(
+        "student: %.2f M parameters are trained: low-rank terms, which are merged into the weights, and %s",
+        sum(p.numel() for p in adapted.parameters() if p.requires_grad) / 1e6,
+        ", ".join(lora.train) or "nothing else",
+    )
+
+
+def report_run(
+    run_dir: Path,
+    parts: Parts,
+    scores: Mapping[str, Scores | None],
+    facts: dict[str, Any],
+    notes: dict[str, Any],
+    pictures: int,
+) -> None:
+    """Write ``results.json`` and the pictures of a training run, and print the table of scores.
+
+    Args:
+        run_dir: the run's folder, which holds student.safetensors and metrics.csv.
+        parts: the run's data, networks and criterion.
+        scores: of "teacher" and "student", None where there is none.
+        facts: what else is known of the run.
+        notes: what the student's file says of it.
+        pictures: validation images to draw.
+    """
+    protocol, names = parts.data.protocol, parts.data.classes.names
+    about_teacher = {key: value for key, value in notes.items() if key.startswith("teacher_")}
+    results = {
+        **describe_scores(scores["student"], protocol, names),
+        "teacher": about_teacher | describe_scores(scores["teacher"], protocol, names),
+        "terms": parts.criterion.weights,
+        **facts,
+        "parameters": count_parameters(parts.student, parts.criterion),
+        "sha256": {"student.safetensors": sha256(run_dir / "student.safetensors")},
+        "versions": versions(),
+    }
+    write_results(results, run_dir)
+    save_report_pictures(run_dir, parts.data, {"teacher": parts.teacher, "student": parts.student}, pictures)
+    print_scores(scores, names, protocol)
 
 
 def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], protocol: str) -> None:
@@ -46,6 +106,18 @@ def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], 
         values = [scores.iou[i].item() for scores in scored.values()]
         table.add_row(name, *["–" if value != value else f"{100 * value:.2f}" for value in values])
     Console().print(table)
+
+
+def report_scores(scores: Scores, weights: str, names: tuple[str, ...], protocol: str, run_dir: str | Path) -> None:
+    """Write ``results.json`` of one scored file of weights, and print its table."""
+    results = {
+        **describe_scores(scores, protocol, names),
+        "weights": weights,
+        "sha256": sha256(weights),
+        "versions": versions(),
+    }
+    write_results(results, Path(run_dir))
+    print_scores({"network": scores}, names, protocol)
 
 
 def save_report_pictures(
@@ -99,11 +171,6 @@ def count_parameters(student: Network, criterion: Criterion) -> dict[str, int]:
         "student": sum(p.numel() for p in student.parameters()),
         "training_modules": sum(p.numel() for p in criterion.parameters()),
     }
-
-
-def sha256(path: Path) -> str | None:
-    """Hash of a file, to tell later which one it was; None for a folder or a hub's address."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def versions() -> dict[str, str]:

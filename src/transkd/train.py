@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING
 
 from transkd.cli import hydra_command
+from transkd.settings import TrainSettings
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-@hydra_command("train")
+@hydra_command("train", TrainSettings)
 def main(cfg: "DictConfig") -> None:
     """Compose, then hand over; torch and Lightning are imported only once the configuration stands."""
     from transkd.run import run

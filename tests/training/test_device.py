@@ -11,7 +11,6 @@ from runs import composed, results, student
 from torch import nn
 from torch._dynamo.utils import counters
 
-from transkd.data.classes import CLASS_SETS
 from transkd.errors import UserError
 from transkd.losses import Criterion, KDLoss, Progress, Schedule, TaskCrossEntropy
 from transkd.models import (
@@ -24,8 +23,7 @@ from transkd.models import (
     load_segmenter,
 )
 from transkd.run import run
-from transkd.training import device
-from transkd.training.device import check_compiler, compile_in_place
+from transkd.training.device import Device, check_compiler, compile_in_place
 from transkd.training.distiller import Distiller
 
 WIDTHS = {"student": (8, 16, 24, 32), "teacher": (16, 16, 24, 32)}
@@ -84,7 +82,7 @@ def eager_backend(monkeypatch):
 def test_a_step_waits_for_one_look_at_the_loss(tmp_path, preset, monkeypatch):
     monkeypatch.setattr(Distiller, "log", lambda *args, **settings: None)
     held, ours, theirs = criterion_of(tmp_path, preset), network(drop_path=0.1), FrozenTeacher(network("teacher"))
-    distiller = Distiller(ours, held, CLASS_SETS["cityscapes"], theirs)
+    distiller = Distiller(ours, held, theirs)
     with Calls() as calls:
         distiller.training_step(batch(), 0).backward()
     assert calls.waits == ["_local_scalar_dense"]
@@ -244,19 +242,19 @@ def test_channels_last_gives_the_same_loss(tmp_path):
 
     held.eval(), networks[0].eval()  # the same statistics twice, no dropout
     expected = loss(image)
-    device.set_memory_format(composed(tmp_path, "run", "channels_last=true"), *networks)
+    Device.choose(channels_last=True).lay_out(*networks)
     weight = networks[0].encoder.patch_embed1.proj.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(loss(image.to(memory_format=torch.channels_last)), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_channels_last_by_itself_is_for_a_cpu(tmp_path, monkeypatch):
-    assert device.in_channels_last(composed(tmp_path, "run", "trainer.accelerator=cpu"))
-    monkeypatch.setattr(device, "training_device", lambda cfg: torch.device("cuda"))
-    for said, expected in (("auto", False), ("true", True), ("false", False)):
-        assert device.in_channels_last(composed(tmp_path, "run", f"channels_last={said}")) == expected
-    with pytest.raises(UserError, match="channels_last=perhaps: expected true, false or auto"):
-        device.in_channels_last(composed(tmp_path, "run", "channels_last=perhaps"))
+def test_channels_last_by_itself_is_for_a_cpu(monkeypatch):
+    assert Device.choose("cpu").channels_last
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    assert not Device.choose().channels_last
+    for given in (True, False):
+        assert Device.choose(channels_last=given).channels_last == given
+    assert Device.choose("cpu").kind.type == "cpu"
 
 
 def test_a_run_in_channels_last(tmp_path):

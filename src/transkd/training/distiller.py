@@ -1,76 +1,57 @@
-"""The one LightningModule: a frozen teacher, a trainable student, a criterion between them."""
+"""The LightningModule that trains: a frozen teacher, a trainable student, a criterion between them."""
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from transkd.data.classes import ClassSet
 from transkd.errors import UserError
 from transkd.losses import Criterion, Progress, gradient_statistics
-from transkd.metrics import Scores, SegmentationScore
 from transkd.models import FrozenTeacher, Network
 from transkd.models.storage.card import CARD, describe
+from transkd.training.device import Device
+from transkd.training.optimization import Optimization
+from transkd.training.scoring import Scorer
 
 __all__ = ["Distiller"]
 
 
-class Distiller(L.LightningModule):
+class Distiller(Scorer):
     """Trains a student under a criterion and, where some term reads one, a frozen teacher.
 
     Args:
         student: the network to train and deploy.
         criterion: named, weighted terms; its own parameters are trained beside the student's.
-        classes: names and colours of the classes.
         teacher: None where no term reads it.
-        optimizer: ``optimizer(params)``; None for scoring alone.
-        scheduler: ``scheduler(optimizer, total=…)``; None keeps the rate constant.
-        interval: the scheduler's tick, "step" or "epoch".
-        horizon: ticks until the rate reaches 0; None takes the length of the run.
+        optimization: optimizer and schedule; None for a module that is never fitted.
         protocol: how validation is scored (``transkd.metrics.PROTOCOLS``).
-        gradients_every: steps between two looks at each term's gradient (``gradient_statistics``); 0: none.
-        seed: dropout and stochastic depth of epoch e depend on seed and e alone, so that a resumed run repeats them.
-        channels_last: whether the networks get their images in that memory format; their weights are the caller's.
-        compiled: whether networks and terms are; CUDA graphs of theirs must know where a step begins.
-        notes: kept in every checkpoint beside the student's description (the teacher's path and hash).
+        device: how images are laid out, and whether networks and terms are compiled.
+        notes: kept in every checkpoint beside the student's description (classes, the teacher's path and hash).
+        gradients_every: steps between two logs of each term's gradient (``gradient_statistics``); 0: none.
     """
 
     def __init__(
         self,
         student: Network,
         criterion: Criterion,
-        classes: ClassSet,
         teacher: FrozenTeacher | None = None,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
-        scheduler: Callable[..., Any] | None = None,
-        interval: str = "step",
-        horizon: int | None = None,
+        optimization: Optimization | None = None,
         protocol: str = "full-res",
-        gradients_every: int = 0,
-        seed: int = 0,
-        channels_last: bool = False,
-        compiled: bool = False,
+        device: Device | None = None,
         notes: dict[str, Any] | None = None,
+        gradients_every: int = 0,
     ) -> None:
-        super().__init__()
-        self.student = student
+        super().__init__(student, protocol, device)
         self.criterion = criterion
         self.teacher = teacher
-        self.classes = classes
-        self.optimizer, self.scheduler, self.interval, self.horizon = optimizer, scheduler, interval, horizon
-        self.gradients_every, self.seed = gradients_every, seed
-        self.compiled = compiled
-        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.optimization = optimization
+        self.compiled = device is not None and device.compile_mode is not None
         self.notes = notes or {}
-        self.score = SegmentationScore(student.num_classes, protocol)
-        self.scores: Scores | None = None
+        self.gradients_every = gradients_every
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step of distillation."""
-        if self.compiled:
+        if self.compiled:  # CUDA graphs overwrite a step's outputs at the next one
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         image, target, *names = batch
         image = image.to(memory_format=self.memory_format)
@@ -79,8 +60,8 @@ class Distiller(L.LightningModule):
         student = self.student(image)
         needs = self.criterion.needs
         teacher = self.teacher(image, needs) if self.teacher is not None and needs else None
-        looks = self.student_parameters if self.criterion.calibrating else ()
-        loss, values = self.criterion(student, teacher, target, looks)
+        parameters = self.student_parameters if self.criterion.calibrating else ()
+        loss, values = self.criterion(student, teacher, target, parameters)
         if not loss.isfinite():  # the one place where a step waits for the device
             raise UserError(self._not_finite(values, names))
         named = {f"train/{name}": value.detach() for name, value in values.items()}
@@ -109,38 +90,16 @@ class Distiller(L.LightningModule):
             "use trainer.precision=32-true or trainer.gradient_clip_val=1, and go on with ckpt_path=last"
         )
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Score the student alone."""
-        image, target, *_ = batch
-        self.score.update(self.student(image.to(memory_format=self.memory_format)).logits, target)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores of the split, stamped with their protocol."""
-        self.scores = self.score.compute()
-        self.score.reset()
-        stamp = f"val/{self.score.protocol}"
-        self.log(f"{stamp}/mIoU", self.scores.miou.float(), prog_bar=True)
-        self.log(f"{stamp}/pixel_accuracy", self.scores.pixel_accuracy.float())
-
     def on_fit_start(self) -> None:
-        """A schedule that this run is too short for shows before its first step."""
+        """Refuse, before the first step, a schedule that never turns on in a run of this length."""
         if self.criterion.schedules:
             end = self._progress()
             self.criterion.check_schedules(end.steps, end.epochs)
 
-    def on_train_epoch_start(self) -> None:
-        """Make the epoch's randomness a function of seed, epoch and rank."""
-        torch.manual_seed(self.seed + 100_003 * (self.current_epoch + 1) + 1_000_000_007 * self.global_rank)
-
     def configure_optimizers(self) -> Any:
-        """Optimizer and schedule over the student and whatever the terms train."""
-        assert self.optimizer is not None, "a Distiller without an optimizer can only score"
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.scheduler is None:
-            return optimizer
-        run = self.trainer.max_epochs if self.interval == "epoch" else self.trainer.estimated_stepping_batches
-        schedule = self.scheduler(optimizer, total=int(self.horizon or run or 1))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.interval}}
+        """Optimizer and schedule over the student and the terms' own parameters."""
+        assert self.optimization is not None, "a Distiller without an optimization cannot be fitted"
+        return self.optimization.configure([p for p in self.parameters() if p.requires_grad], self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the student in its checkpoint; refuse to replace a good one by weights that are not finite."""
@@ -150,4 +109,4 @@ class Distiller(L.LightningModule):
                 f"{broken} is not finite at epoch {self.current_epoch}: this checkpoint was not written, the last "
                 "good one is kept. Lower the learning rate or clip gradients (trainer.gradient_clip_val=1)"
             )
-        checkpoint[CARD] = describe(self.student, self.classes, **self.notes)
+        checkpoint[CARD] = describe(self.student, **self.notes)

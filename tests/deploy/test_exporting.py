@@ -330,7 +330,7 @@ def test_not_a_number_is_a_difference(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["safetensors", "hf"])
 def test_output_below_a_file(run, tmp_path, monkeypatch, form):
-    monkeypatch.setattr("transkd.models.load_segmenter", None)  # said before anything is loaded
+    monkeypatch.setattr("transkd.deploy.exporting.load_segmenter", None)  # said before anything is loaded
     (tmp_path / "file").touch()
     message = run(form, output=tmp_path / "file" / "deeper" / "student")
     assert message.startswith("error: cannot write")
@@ -342,8 +342,8 @@ def test_output_in_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("transkd.models.load_segmenter", None)
-    monkeypatch.setattr(export.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr("transkd.deploy.exporting.load_segmenter", None)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
     assert "student.safetensors: Permission denied" in run("safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -392,7 +392,7 @@ def test_a_commercial_policy_refuses_non_commercial_weights(run, tmp_path):
     assert "refuses" in message
     assert "cc-by-nc-4.0" in message
     assert list(tmp_path.iterdir()) == []
-    assert "license_policy is 'any' or 'commercial'" in run("safetensors", "license_policy=strict")
+    assert "license_policy=strict: expected any or commercial" in run("safetensors", "license_policy=strict")
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_a_mistake_is_one_line(monkeypatch, source, tmp_path, arguments, message
 
 @pytest.mark.parametrize(("form", "package"), [("onnx", "onnxruntime"), ("hf", "transformers")])
 def test_a_missing_package_is_named(run, monkeypatch, form, package):
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr("transkd.deploy.exporting.find_spec", lambda name: None if name == package else object())
     assert f"format={form} needs the package {package}: pip install 'transkd[export]'" in run(form)
 
 

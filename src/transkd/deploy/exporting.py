@@ -1,0 +1,125 @@
+"""Exporting a network: written in another format, read back, compared, and only then put in place."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from transkd.data.dataset import read_image
+from transkd.data.images import find_images
+from transkd.data.synthetic import draw_scene
+from transkd.deploy.parity import Images, check_parity
+from transkd.deploy.staging import beside, staged, writing
+from transkd.errors import UserError
+from transkd.models import load_segmenter
+from transkd.models.storage.exporting import FORMATS, Format, complete_card
+from transkd.models.storage.lineage import check_license_policy, describe_lineage
+from transkd.pictures import Pixels
+from transkd.settings import ExportSettings
+
+__all__ = ["export"]
+
+REAL_IMAGES = 4
+MOST_PIXELS = 1024 * 1024  # of a real image in the check; a larger one is shrunk
+
+
+def export(settings: ExportSettings) -> None:
+    """Write the network in another format, compare what was written with it, and only then put it in place."""
+    output = Path(settings.output).expanduser().absolute()
+    with staged(output, is_folder=settings.format == "hf") as stage:
+        summary = write_checked(settings, stage / output.name)
+    print(f"wrote {output}" + (f" and {beside(output).name}" if settings.format != "hf" else ""))
+    print(summary)
+
+
+def write_checked(settings: ExportSettings, path: Path) -> str:
+    """Write to ``path`` and beside it, read that back and hold it against the network; gives what to tell the user."""
+    if settings.format not in FORMATS:
+        raise UserError(f"unknown format={settings.format}; there are: {', '.join(FORMATS)}")
+    form = FORMATS[settings.format]
+    if not path.name.endswith(form.suffix):
+        raise UserError(
+            f"format={settings.format} wants a file that ends in {form.suffix}, got output={settings.output}"
+        )
+    if settings.fuse and not form.normalises:
+        raise UserError(
+            f"fuse=true is for format=onnx and format=torch; format={settings.format} holds the plain network"
+        )
+    _check_packages(settings.format, form)
+
+    network, source_card = load_segmenter(str(settings.weights), settings.license)
+    check_license_policy(network.lineage, settings.license_policy, str(settings.weights))
+    network.eval()
+    card = complete_card(network, source_card)
+    images = _real_images(settings.images, form.minimum)
+    options = {"opset": settings.opset} if settings.format == "onnx" else {}
+    with writing(Path(str(settings.output))):
+        form.write(network.fuse() if settings.fuse else network, card, path, **options)
+        if settings.format != "hf":  # there preprocessor_config.json is it
+            content = json.dumps(_preprocessing(path.name, settings.format, form, card), indent=2) + "\n"
+            beside(path).write_text(content, encoding="utf-8")
+    exported = form.open(path)
+    check_parity(network, exported.run, images, form.minimum, float(settings.tolerance), settings.format)
+    own = sum(parameter.numel() for parameter in network.parameters())
+    return (
+        f"{exported.parameters:,} {form.counts}; the network has {own:,} parameters\n"
+        f"lineage: {describe_lineage(network.lineage)}"
+    )
+
+
+def _check_packages(name: str, form: Format) -> None:
+    for package in form.packages:
+        if find_spec(package) is None:
+            raise UserError(f"format={name} needs the package {package}: pip install 'transkd[export]'")
+
+
+def _preprocessing(name: str, format: str, form: "Format", card: dict[str, Any]) -> dict[str, Any]:
+    """All that a program must know to feed the network and to read what it gives."""
+    return {
+        "model": name,
+        "format": format,
+        "input": {
+            "name": "image",
+            "layout": "NCHW",
+            "dtype": "float32",
+            "channels": "RGB",
+            "range": [0, 1],
+            "minimum_size": [form.minimum, form.minimum],
+        },
+        "normalisation": {"mean": card["mean"], "std": card["std"], "inside_graph": form.normalises},
+        "output": {
+            "name": "logits",
+            "layout": "NCHW",
+            "dtype": "float32",
+            "stride": 4,
+            "then": "upsample bilinearly (align_corners=false) to the image's size, then argmax over the channels",
+        },
+        "eval_transform": card.get("eval_transform"),
+        "class_names": card.get("class_names"),
+        "palette": card.get("palette"),
+        "lineage": card["lineage"],
+    }
+
+
+def _real_images(pattern: str | None, minimum: int) -> Images:
+    """A few of the user's images, or a drawn road scene."""
+    if pattern is None:
+        return [("drawn scene", draw_scene(np.random.default_rng(0), 192, 384, "rain")[0])]
+    try:
+        _, paths = find_images(str(pattern))
+    except UserError as error:
+        raise UserError(str(error).replace("input=", "images=")) from error
+    chosen = paths[:: -(-len(paths) // REAL_IMAGES)]
+    return [(path.name, _bounded(read_image(path), minimum)) for path in chosen]
+
+
+def _bounded(image: Pixels, minimum: int) -> Pixels:
+    """An image at its own size, unless the network does not take that or the check would take long."""
+    height, width = image.shape[:2]
+    scale = max(min(1.0, (MOST_PIXELS / (height * width)) ** 0.5), minimum / min(height, width))
+    if scale == 1:
+        return image
+    return np.asarray(Image.fromarray(image).resize((round(width * scale), round(height * scale))))

@@ -1,0 +1,55 @@
+"""Segmenting images with a trained network."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from albumentations import from_dict
+from rich.progress import track
+
+from transkd.data.dataset import read_image
+from transkd.data.images import find_images
+from transkd.errors import UserError
+from transkd.models import Segmenter, load_segmenter
+from transkd.pictures import Pixels, colourise, overlay, palette_of, save_image
+from transkd.settings import PredictSettings
+
+__all__ = ["predict", "segment"]
+
+
+def segment(network: Segmenter, image: Pixels, transform: Any = None) -> Pixels:
+    """Class ids [H, W] of an image [H, W, 3], at the image's own size whatever the transform does."""
+    pixels = transform(image=image)["image"] if transform is not None else image
+    tensor = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].to(network.mean.device)
+    ids: Pixels = network.predict(tensor, image.shape[:2])[0].to(torch.uint8).cpu().numpy()
+    return ids
+
+
+def predict(settings: PredictSettings) -> None:
+    """Write class ids, colours and overlays of every image; an unreadable one is named at the end.
+
+    Raises:
+        UserError: there is no image, or some could not be read.
+    """
+    base, images = find_images(settings.input)
+    network, card = load_segmenter(settings.weights)
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    network.to(accelerator if settings.device == "auto" else settings.device).eval()
+    palette, transform = palette_of(card), None
+    if settings.resize and card.get("eval_transform"):
+        transform = from_dict(card["eval_transform"])
+    output, failed = Path(settings.output), []
+    for path in track(images, description="predicting"):
+        try:
+            image = read_image(path)
+        except UserError as error:
+            failed.append(str(error))
+            continue
+        ids = segment(network, image, transform)
+        colours = colourise(ids, palette)
+        pictures = {"ids": ids, "colour": colours, "overlay": overlay(image, colours, settings.opacity)}
+        for folder, pixels in pictures.items():
+            save_image(pixels, output / folder / path.relative_to(base).with_suffix(".png"))
+    print(f"{len(images) - len(failed)} of {len(images)} images segmented into {output}/{{ids,colour,overlay}}")
+    if failed:
+        raise UserError("; ".join(failed))

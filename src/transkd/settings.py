@@ -1,0 +1,291 @@
+"""Every setting of ours with its type and range, checked before anything is built.
+
+A command reads its composed configuration into one of the classes at the end of this file; from there on typed values
+are handed on, not the configuration. What belongs to Lightning, PyTorch or Albumentations is ``Any`` here, except where
+a mistake costs hours.
+"""
+
+import math
+import re
+import types
+from textwrap import shorten
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from typing_extensions import Self
+
+from transkd.errors import UserError
+
+__all__ = [
+    "EvaluateSettings",
+    "ExportSettings",
+    "PredictSettings",
+    "StudentSettings",
+    "TeacherSettings",
+    "TrainSettings",
+]
+
+AUTO_WEIGHT = re.compile(r"auto\((.+)\)")
+
+Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
+"""Text; a number typed on the command line is the text of it."""
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+def _has_task(terms: dict[str, Any]) -> dict[str, Any]:
+    if "task" not in terms:
+        raise ValueError("the term 'task' (the cross-entropy); switch it off with criterion.terms.task.weight=0")
+    return terms
+
+
+def _is_weight(value: Any) -> float | str:
+    automatic = AUTO_WEIGHT.fullmatch(value) if isinstance(value, str) else None
+    if isinstance(value, bool) or not (automatic or (isinstance(value, int | float) and 0 <= value < math.inf)):
+        raise ValueError("a number of at least 0, or 'auto(s)' for s times the gradient of the task")
+    return value
+
+
+class Settings(BaseModel):
+    """Base of all groups: strict types, no NaN and no infinity, unknown keys are left to whoever added them."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
+
+    @classmethod
+    def read(cls, cfg: DictConfig) -> Self:
+        """Check a composed configuration and give its values.
+
+        Raises:
+            UserError: a value of another type or out of its range; names the setting and says what is allowed.
+        """
+        cfg = cfg.copy()
+        if "channels" in cfg:  # known once the networks are built
+            cfg.channels = {"student": [], "teacher": []}
+        values = OmegaConf.to_container(cfg, resolve=True)
+        try:
+            return cls.model_validate(_without_missing(values))
+        except ValidationError as error:
+            raise UserError(_one_line(error, cls)) from None
+
+
+class LoraSettings(Settings):
+    """Low-rank terms beside the weights that the student starts from."""
+
+    rank: Positive | None = None
+    train: list[str] = ["head"]
+    keep_drop_path: bool = False
+
+
+class StudentSettings(Settings):
+    """Where the student starts and how it is trained."""
+
+    network: dict[str, Any]
+    weights: Text | None = None
+    classifier: Literal["same", "new"] = "same"
+    from_teacher: bool = False
+    lora: LoraSettings = LoraSettings()
+    checkpointing: bool = False
+    license: Text | None = None
+
+
+class TeacherFitSettings(Settings):
+    """The teacher's own training in the same run."""
+
+    max_epochs: Count = 0
+    folder: Text = "outputs/teachers"
+
+
+class TeacherSettings(Settings):
+    """Where the teacher's weights come from and what is asked of them."""
+
+    network: dict[str, Any]
+    weights: Text | None = None
+    license: Text | None = None
+    min_miou: Share = 0.1
+    fit: TeacherFitSettings = TeacherFitSettings()
+
+
+class OptimSettings(Settings):
+    """Optimizer and schedule; both are built by Hydra."""
+
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None = None
+    interval: Literal["step", "epoch"] = "step"
+    horizon: Positive | None = None
+
+
+class DataSettings(Settings):
+    """What every data module of ours has; one of a user's own may lack any of it."""
+
+    batch_size: Positive = 1
+    eval_batch_size: Positive = 1
+    num_workers: Count = 0
+    num_classes: Positive = 1
+    seed: Count = 0
+    void: list[Annotated[int, Field(ge=0, le=255)]] = []
+
+
+class TermSettings(Settings):
+    """One entry of ``criterion.terms``."""
+
+    term: dict[str, Any]
+    weight: Annotated[Any, AfterValidator(_is_weight)]
+    schedule: dict[str, Any] | None = None
+
+
+class CriterionSettings(Settings):
+    """The weighted terms."""
+
+    terms: Annotated[dict[str, TermSettings], AfterValidator(_has_task)]
+
+
+class TrainerSettings(Settings):
+    """Those of Lightning's arguments that a mistake in costs hours."""
+
+    max_epochs: Annotated[int, Field(ge=-1)] | None = None
+    accumulate_grad_batches: Positive = 1
+    check_val_every_n_epoch: Positive | None = 1
+    gradient_clip_val: NonNegative | None = None
+    log_every_n_steps: Count | None = 10
+    accelerator: str = "auto"
+
+
+class ProcessSettings(Settings):
+    """What every command that runs a network has."""
+
+    keep_freed_memory: bool = True
+    license_policy: Literal["any", "commercial"] = "any"
+    plugins: list[str] = []
+
+
+class TrainSettings(ProcessSettings):
+    """``python -m transkd.train``."""
+
+    name: Text
+    run_dir: Text
+    seed: Count = 0
+    protocol: str = "full-res"
+    ckpt_path: Text | None = None
+    gradients_every: Count = 0
+    compile: bool | str = False
+    channels_last: bool | Literal["auto"] = "auto"
+    pictures: Count = 4
+    data: DataSettings
+    student: StudentSettings
+    teacher: TeacherSettings
+    criterion: CriterionSettings
+    optim: OptimSettings
+    trainer: TrainerSettings = TrainerSettings()
+
+
+class EvaluateSettings(TrainSettings):
+    """``python -m transkd.evaluate``."""
+
+    weights: Text
+
+
+class PredictSettings(ProcessSettings):
+    """``python -m transkd.predict``."""
+
+    weights: Text
+    input: Text
+    output: Text = "predictions"
+    resize: bool = True
+    opacity: Share = 0.5
+    device: str = "auto"
+
+
+class ExportSettings(ProcessSettings):
+    """``python -m transkd.export``."""
+
+    weights: Text
+    format: str
+    output: Text
+    images: Text | None = None
+    tolerance: NonNegative = 1e-4
+    fuse: bool = False
+    opset: Positive = 20
+    license: Text | None = None
+
+
+def _without_missing(value: Any) -> Any:
+    """Leave out what the user still has to give (``???``), which is reported as missing where it is needed."""
+    if isinstance(value, dict):
+        return {key: _without_missing(part) for key, part in value.items() if part != "???"}
+    return value
+
+
+# Messages
+
+PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+
+
+def _one_line(error: ValidationError, settings: type[Settings]) -> str:
+    """The first wrong setting: its name as on the command line, what came, what is allowed."""
+    first = error.errors()[0]
+    path, allowed = _find(first["loc"], settings)
+    name = ".".join(path)
+    if first["type"] == "missing":
+        return f"{name} has no value; give it on the command line: {name}=…"
+    expected = str(first["ctx"]["error"]) if first["type"] == "value_error" else _describe(allowed)
+    got = {None: "null", True: "true", False: "false"}[first["input"]] if _is_word(first["input"]) else first["input"]
+    return f"{name}={shorten(str(got), 80, placeholder=' …')}: expected {expected}"
+
+
+def _is_word(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _find(location: tuple[int | str, ...], settings: type[Settings]) -> tuple[list[str], Any]:
+    """The keys of a location and what is allowed there; pydantic adds a union's member, which is no key."""
+    keys: list[str] = []
+    allowed: Any = settings
+    for part in location:
+        inside = _inside(allowed, part)
+        if inside is None:
+            break
+        keys.append(str(part))
+        allowed = inside
+    return keys, allowed
+
+
+def _inside(annotation: Any, key: int | str) -> Any:
+    """The annotation of a key below another; None where there is no such key."""
+    for option, _ in _options(annotation):
+        if isinstance(option, type) and issubclass(option, BaseModel) and key in option.model_fields:
+            field = option.model_fields[str(key)]
+            return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        if get_origin(option) in (dict, list):
+            return get_args(option)[-1]
+    return None
+
+
+def _options(annotation: Any, limits: tuple[Any, ...] = ()) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The members of a union, each with the limits that ``Annotated`` puts on it."""
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return _options(inner, (*limits, *more))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [option for part in get_args(annotation) for option in _options(part, limits)]
+    return [(annotation, limits)]
+
+
+def _describe(annotation: Any) -> str:
+    """What is allowed, in words."""
+    return " or ".join(_describe_option(option, limits) for option, limits in _options(annotation))
+
+
+def _describe_option(option: Any, limits: tuple[Any, ...]) -> str:
+    if get_origin(option) is Literal:
+        return " or ".join(map(str, get_args(option)))
+    if get_origin(option) is list:
+        return f"a list [a,b] of {_describe(get_args(option)[0])}"
+    parts = [part for limit in limits for part in getattr(limit, "metadata", [limit])]
+    least, most = (next((getattr(part, name) for part in parts if hasattr(part, name)), None) for name in ("ge", "le"))
+    words = PLAIN.get(option, "a group of settings")
+    if least is not None and most is not None:
+        return f"{words} from {least} to {most}"
+    return words if least is None else f"{words} of at least {least}"

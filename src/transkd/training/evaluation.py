@@ -1,0 +1,36 @@
+"""Scoring one file of weights."""
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from transkd.errors import UserError
+from transkd.models import load_segmenter, load_weights
+from transkd.models.storage.sources import read_weights
+from transkd.report import report_scores
+from transkd.settings import EvaluateSettings
+from transkd.training.build import build_side_trainer
+from transkd.training.process import prepare_process
+from transkd.training.scoring import score
+
+__all__ = ["evaluate"]
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Score one file of weights on the validation split; prints the table and writes ``results.json``."""
+    settings = EvaluateSettings.read(cfg)
+    prepare_process(settings.keep_freed_memory)
+    data = instantiate(cfg.data)
+    weights = read_weights(settings.weights)
+    if weights.recipe is not None:
+        network, _ = load_segmenter(weights)
+    else:
+        network = instantiate(cfg.student.network)
+        load_weights(network, weights)
+    if network.num_classes != data.num_classes:
+        raise UserError(
+            f"{settings.weights} has {network.num_classes} classes, the data {settings.name} has {data.num_classes}; "
+            "choose the experiment that it was trained on"
+        )
+    data.prepare_data()
+    scores = score(network, data, settings.protocol, build_side_trainer(cfg))
+    report_scores(scores, settings.weights, data.classes.names, settings.protocol, settings.run_dir)

@@ -1,0 +1,58 @@
+"""Scoring a network on the validation split."""
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from transkd.data import SegmentationDataModule
+from transkd.metrics import Scores, SegmentationScore
+from transkd.models import Network
+from transkd.training.device import Device
+
+__all__ = ["Scorer", "score"]
+
+
+class Scorer(L.LightningModule):
+    """Scores a network under a protocol; ``Distiller`` is a Scorer that also trains.
+
+    Args:
+        student: the network to score.
+        protocol: how predictions meet labels (``transkd.metrics.PROTOCOLS``).
+        device: how images are laid out.
+
+    Attributes:
+        scores: of the last validation; None before the first.
+    """
+
+    def __init__(self, student: Network, protocol: str = "full-res", device: Device | None = None) -> None:
+        super().__init__()
+        self.student = student
+        self.memory_format = torch.preserve_format if device is None else device.memory_format
+        self.score = SegmentationScore(student.num_classes, protocol)
+        self.scores: Scores | None = None
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add one batch to the confusion matrix."""
+        image, target, *_ = batch
+        self.score.update(self.student(image.to(memory_format=self.memory_format)).logits, target)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the split under the protocol's name."""
+        self.scores = self.score.compute()
+        self.score.reset()
+        stamp = f"val/{self.score.protocol}"
+        self.log(f"{stamp}/mIoU", self.scores.miou.float(), prog_bar=True)
+        self.log(f"{stamp}/pixel_accuracy", self.scores.pixel_accuracy.float())
+
+
+def score(
+    network: Network, data: SegmentationDataModule, protocol: str, trainer: L.Trainer, device: Device | None = None
+) -> Scores:
+    """Score a network on the validation split; its mode is left as it was."""
+    scorer = Scorer(network, protocol, device)
+    was_training = network.training
+    trainer.validate(scorer, datamodule=data, verbose=False)
+    network.train(was_training)
+    assert scorer.scores is not None
+    return scorer.scores
