@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from transkd.arguments import check_arguments
 from transkd.cli import save_resolved
 from transkd.data import SegmentationDataModule
 from transkd.errors import UserError
@@ -36,6 +37,7 @@ def run(cfg: DictConfig) -> None:
     """Build everything, train, score, and write the run's folder."""
     started = time.time()
     settings = TrainSettings.read(cfg)
+    check_arguments(cfg)
     ckpt_path = find_checkpoint(settings.ckpt_path, settings.name)
     prepare_process(settings.keep_freed_memory)
     device = Device.choose(settings.trainer.accelerator, settings.compile, settings.channels_last)

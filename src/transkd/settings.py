@@ -8,6 +8,8 @@ a mistake costs hours.
 import math
 import re
 import types
+from collections.abc import Sequence
+from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -79,13 +81,22 @@ class LoraSettings(Settings):
     keep_drop_path: bool = False
 
 
+class SolveSettings(Settings):
+    """The images on which a student is solved from its teacher."""
+
+    images: Positive = 64
+    folder: Text | None = None
+
+
 class StudentSettings(Settings):
     """Where the student starts and how it is trained."""
 
     network: dict[str, Any]
     weights: Text | None = None
     classifier: Literal["same", "new"] = "same"
-    from_teacher: bool = False
+    from_teacher: bool | Literal["copy", "select", "solve"] = False
+    solve: SolveSettings = SolveSettings()
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = None
     lora: LoraSettings = LoraSettings()
     checkpointing: bool = False
     license: Text | None = None
@@ -220,7 +231,14 @@ def _without_missing(value: Any) -> Any:
 
 # Messages
 
-PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+PLAIN = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    type(None): "null",
+}
 
 
 def _one_line(error: ValidationError, settings: type[Settings]) -> str:
@@ -230,7 +248,7 @@ def _one_line(error: ValidationError, settings: type[Settings]) -> str:
     name = ".".join(path)
     if first["type"] == "missing":
         return f"{name} has no value; give it on the command line: {name}=…"
-    expected = str(first["ctx"]["error"]) if first["type"] == "value_error" else _describe(allowed)
+    expected = str(first["ctx"]["error"]) if first["type"] == "value_error" else describe_type(allowed)
     got = {None: "null", True: "true", False: "false"}[first["input"]] if _is_word(first["input"]) else first["input"]
     return f"{name}={shorten(str(got), 80, placeholder=' …')}: expected {expected}"
 
@@ -254,7 +272,7 @@ def _find(location: tuple[int | str, ...], settings: type[Settings]) -> tuple[li
 
 def _inside(annotation: Any, key: int | str) -> Any:
     """The annotation of a key below another; None where there is no such key."""
-    for option, _ in _options(annotation):
+    for option, _ in type_options(annotation):
         if isinstance(option, type) and issubclass(option, BaseModel) and key in option.model_fields:
             field = option.model_fields[str(key)]
             return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
@@ -263,29 +281,30 @@ def _inside(annotation: Any, key: int | str) -> Any:
     return None
 
 
-def _options(annotation: Any, limits: tuple[Any, ...] = ()) -> list[tuple[Any, tuple[Any, ...]]]:
+def type_options(annotation: Any, limits: tuple[Any, ...] = ()) -> list[tuple[Any, tuple[Any, ...]]]:
     """The members of a union, each with the limits that ``Annotated`` puts on it."""
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
-        return _options(inner, (*limits, *more))
+        return type_options(inner, (*limits, *more))
     if get_origin(annotation) in (Union, types.UnionType):
-        return [option for part in get_args(annotation) for option in _options(part, limits)]
+        return [option for part in get_args(annotation) for option in type_options(part, limits)]
     return [(annotation, limits)]
 
 
-def _describe(annotation: Any) -> str:
+def describe_type(annotation: Any) -> str:
     """What is allowed, in words."""
-    return " or ".join(_describe_option(option, limits) for option, limits in _options(annotation))
+    return " or ".join(_describe_option(option, limits) for option, limits in type_options(annotation))
 
 
 def _describe_option(option: Any, limits: tuple[Any, ...]) -> str:
     if get_origin(option) is Literal:
         return " or ".join(map(str, get_args(option)))
-    if get_origin(option) is list:
-        return f"a list [a,b] of {_describe(get_args(option)[0])}"
+    if get_origin(option) in (list, tuple, Sequence):
+        return f"a list [a,b] of {describe_type(get_args(option)[0])}"
     parts = [part for limit in limits for part in getattr(limit, "metadata", [limit])]
-    least, most = (next((getattr(part, name) for part in parts if hasattr(part, name)), None) for name in ("ge", "le"))
+    found = {name: getattr(part, name) for part in parts for name in ("ge", "le", "lt") if hasattr(part, name)}
+    least, most = found.get("ge"), found.get("le", found.get("lt"))
     words = PLAIN.get(option, "a group of settings")
     if least is not None and most is not None:
-        return f"{words} from {least} to {most}"
+        return f"{words} from {least} to {'below ' if 'lt' in found else ''}{most}"
     return words if least is None else f"{words} of at least {least}"

@@ -13,6 +13,7 @@ from transkd.losses import Criterion
 from transkd.models import Network, load_weights
 from transkd.models.storage.lineage import check_license_policy
 from transkd.settings import StudentSettings
+from transkd.training.averaging import StudentAverage
 from transkd.training.optimization import Optimization
 from transkd.training.seeding import EpochSeed
 
@@ -85,6 +86,8 @@ def build_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
     """Lightning's Trainer with the configured callbacks and loggers, unless ``changes`` say otherwise."""
     if "callbacks" not in changes:
         changes["callbacks"] = [instantiate(part) for part in cfg.callbacks.values()]
+        if cfg.student.get("ema") is not None:
+            changes["callbacks"].append(StudentAverage(cfg.student.ema))
     if "logger" not in changes:
         changes["logger"] = [instantiate(part) for part in cfg.logger.values()]
     changes["callbacks"].append(EpochSeed(cfg.seed))

@@ -3,6 +3,7 @@
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from transkd.arguments import check_arguments
 from transkd.errors import UserError
 from transkd.models import load_segmenter, load_weights
 from transkd.models.storage.sources import read_weights
@@ -18,6 +19,7 @@ __all__ = ["evaluate"]
 def evaluate(cfg: DictConfig) -> None:
     """Score one file of weights on the validation split; prints the table and writes ``results.json``."""
     settings = EvaluateSettings.read(cfg)
+    check_arguments(cfg)
     prepare_process(settings.keep_freed_memory)
     data = instantiate(cfg.data)
     weights = read_weights(settings.weights)

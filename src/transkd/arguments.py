@@ -1,0 +1,78 @@
+"""Arguments in a configuration against the annotations of what they are passed to."""
+
+import collections.abc
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from transkd.errors import UserError
+from transkd.settings import describe_type, type_options
+
+__all__ = ["check_arguments"]
+
+PLAIN = (bool, int, float, str, Path, type(None))
+LISTS = (list, tuple, collections.abc.Sequence)
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+def check_arguments(cfg: DictConfig) -> None:
+    """Check the types of plain values under every ``_target_`` of ours, before anything is built.
+
+    Ranges are checked by the classes themselves. Arguments of Lightning, PyTorch and Albumentations are theirs.
+
+    Raises:
+        UserError: names the argument and says what it takes.
+    """
+    cfg = cfg.copy()
+    if "channels" in cfg:
+        cfg.channels = {"student": [], "teacher": []}
+    _walk("", OmegaConf.to_container(cfg, resolve=True))
+
+
+def _walk(key: str, value: Any) -> None:
+    if isinstance(value, list):
+        for i, part in enumerate(value):
+            _walk(f"{key}.{i}", part)
+    elif isinstance(value, dict):
+        target = value.get("_target_")
+        if isinstance(target, str) and target.startswith("transkd."):
+            _check(key, target, value)
+        for name, part in value.items():
+            _walk(f"{key}.{name}" if key else str(name), part)
+
+
+def _check(key: str, target: str, values: dict[str, Any]) -> None:
+    try:
+        called = get_object(target)
+    except Exception:  # Hydra says it better when it builds this
+        return
+    hints = get_type_hints(called.__init__ if isinstance(called, type) else called)  # type: ignore[misc]
+    for name, value in values.items():
+        annotation = hints.get(name)
+        if annotation is None or value == "???" or not _is_plain(annotation):
+            continue
+        try:
+            TypeAdapter(annotation, config=STRICT).validate_python(_as_python(value))
+        except ValidationError:
+            where = f"{key}.{name}"
+            raise UserError(f"{where}={value}: expected {describe_type(annotation)} ({target})") from None
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether a YAML value can be judged by this annotation."""
+    for option, _ in type_options(annotation):
+        origin = get_origin(option)
+        if origin in LISTS:
+            if not all(part is Ellipsis or _is_plain(part) for part in get_args(option)):
+                return False
+        elif origin is not Literal and option not in PLAIN:
+            return False
+    return True
+
+
+def _as_python(value: Any) -> Any:
+    """A list as a tuple, which strict types take for both tuples and sequences."""
+    return tuple(map(_as_python, value)) if isinstance(value, list) else value
