@@ -124,7 +124,7 @@ image of {height}×{width}. Any other timm network with four stages from stride 
 {table}
 
 - **parameters**: of the network as it trains.
-- **GFLOP**: 2 per multiply-add, counted by `torch.utils.flop_counter`. *Drawn out* is the SegFormer head computed step
+- **GFLOP**: 2 per multiply-add, counted by `torch.utils.flop_counter`. *Reference* is the SegFormer head computed step
   by step, as its paper draws it; the next column is what runs here: that head folded, BatchNorm too
   (`Segmenter.fuse()`). Other heads have one way to be computed.
 {latency}- **taps**: every network shows its logits and four features, at the **strides** given; **embeddings** says
@@ -144,7 +144,7 @@ LATENCY = """\
 def write_page(rows: Sequence[Sequence[str]], args: argparse.Namespace, machine: str) -> str:
     """The whole page."""
     times = ["seconds", *LIBRARIES] if args.latency else []
-    header = ["network", "head", "parameters M", "GFLOP drawn out", "GFLOP", *times, "strides", "embeddings"]
+    header = ["network", "head", "parameters M", "GFLOP reference", "GFLOP", *times, "strides", "embeddings"]
     calm = ", while other processes were idle" if args.calm else ""
     said = LATENCY.format(rounds=args.rounds, calm=calm, tolerance=forward.TOLERANCE, machine=machine)
     return PAGE.format(

@@ -23,8 +23,8 @@ def test_rows_without_latency(tmp_path):
     page = tmp_path / "models.md"
     model_table.main(["--names", "segformer_b0", "resnet50", "--no-latency", "--output", str(page)])
     header, _, *rows = rows_of(page.read_text(encoding="utf-8"))
-    assert header == ["network", "head", "parameters M", "GFLOP drawn out", "GFLOP", "strides", "embeddings"]
-    # B0: 35.5 GFLOP drawn out and 18.4 folded were counted on the authors' implementation; 18.3 with BatchNorm folded
+    assert header == ["network", "head", "parameters M", "GFLOP reference", "GFLOP", "strides", "embeddings"]
+    # B0: 35.5 GFLOP unfolded and 18.4 folded were counted on the authors' implementation; 18.3 with BatchNorm folded
     assert rows == [
         ["segformer_b0", "segformer", "3.72", "35.5", "18.3", "4 8 16 32", "yes"],
         ["resnet50", "fpn", "28.48", "–", "176.1", "4 8 16 32", "–"],
