@@ -116,6 +116,7 @@ class TeacherSettings(Settings):
     weights: Text | None = None
     license: Text | None = None
     min_miou: Share = 0.1
+    standardise: bool | Literal["auto"] = "auto"
     fit: TeacherFitSettings = TeacherFitSettings()
 
 

@@ -193,3 +193,47 @@ class Odd(nn.Module):
 def test_a_layer_of_another_kind_keeps_its_weight():
     with torch.autocast("cpu", torch.bfloat16):
         FrozenTeacher(Odd())(IMAGE)
+
+
+class Raw(nn.Module):
+    """Shows features of another scale in each channel."""
+
+    def __init__(self, scales):
+        super().__init__()
+        self.scales = nn.Parameter(torch.tensor(scales))
+
+    def forward(self, image, needs=EVERYTHING):
+        feature = image[:, :1].float() * self.scales[:, None, None] + 7.0
+        return SegmentationOutput(None, (feature,), (), image)
+
+
+def noise(seed):
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def test_raw_features_are_standardised_once():
+    teacher = FrozenTeacher(Raw([10.0, 40.0]), needs={"features"})
+    scales = teacher.standardise([noise(0), noise(1)])
+    assert scales == pytest.approx([25.0], rel=0.05)
+    (feature,) = teacher(torch.cat([noise(0), noise(1)])).features
+    values = feature.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(values.mean(1), torch.zeros(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(values.std(1, correction=0), torch.ones(2), atol=1e-4, rtol=0)
+    assert not list(teacher.state_dict())
+
+
+def test_features_of_a_usual_scale_are_left_alone(b0):
+    teacher = FrozenTeacher(Raw([0.5, 1.5]), needs={"features"})
+    before = teacher(noise(0)).features[0]
+    assert teacher.standardise([noise(0)]) == []
+    assert teacher.standardise([noise(0)], when=False) == []
+    assert torch.equal(teacher(noise(0)).features[0], before)
+    assert FrozenTeacher(Raw([10.0]), needs={"logits"}).standardise([noise(0)]) == []  # nothing reads features
+    assert teacher.standardise([noise(0)], when=True) == pytest.approx([1.0], rel=0.1)
+    assert FrozenTeacher(b0).standardise([IMAGE]) == []
+
+
+def test_a_channel_that_never_changes_stays_finite():
+    teacher = FrozenTeacher(Raw([0.0, 30.0]), needs={"features"})
+    teacher.standardise([noise(0)])
+    assert teacher(noise(1)).features[0].isfinite().all()

@@ -8,7 +8,7 @@ from transkd.models.factory import ENCODERS, HEADS, create_segmenter, load_segme
 from transkd.models.heads.deeplab import DeepLabV3PlusHead
 from transkd.models.heads.fpn import SemanticFPNHead
 from transkd.models.heads.segformer import SegformerHead
-from transkd.models.initialise import start_from_teacher
+from transkd.models.inherit import InheritReport, inherit, start_from_teacher
 from transkd.models.lora import add_lora, merge_lora
 from transkd.models.network import Network
 from transkd.models.segmenter import Segmenter
@@ -23,6 +23,7 @@ __all__ = [
     "SEGMENTERS",
     "DeepLabV3PlusHead",
     "FrozenTeacher",
+    "InheritReport",
     "LiteVisionTransformer",
     "MixTransformer",
     "Network",
@@ -34,6 +35,7 @@ __all__ = [
     "TimmEncoder",
     "add_lora",
     "create_segmenter",
+    "inherit",
     "load_segmenter",
     "load_weights",
     "merge_lora",

@@ -1,6 +1,9 @@
 """What is refused before anything long begins."""
 
+import logging
+
 import torch
+from torch import Tensor, nn
 
 from transkd.data import SegmentationDataModule
 from transkd.data.datamodule import collate
@@ -9,7 +12,11 @@ from transkd.losses import Criterion
 from transkd.models import Network
 from transkd.outputs import SegmentationOutput
 
-__all__ = ["check_schedules", "rehearse"]
+__all__ = ["check_schedules", "rehearse", "weigh"]
+
+log = logging.getLogger(__name__)
+
+DOMINANT = 10.0  # times all other terms together
 
 
 def check_schedules(criterion: Criterion, data: SegmentationDataModule, epochs: int | None, accumulate: int) -> None:
@@ -53,7 +60,41 @@ def rehearse(student: Network, teacher: Network | None, criterion: Criterion, da
         part.train(mode)
 
 
-def _shown(network: Network, image: torch.Tensor) -> SegmentationOutput:
+def weigh(student: Network, teacher: nn.Module | None, criterion: Criterion, data: SegmentationDataModule) -> None:
+    """Log each term's weighted value on one batch, and warn of a term that drowns the others.
+
+    Args:
+        student: with its first weights.
+        teacher: the frozen teacher.
+        criterion: the terms; those off at first or of automatic weight are left out.
+        data: gives the first training images.
+    """
+    dataset = data.dataset("train")
+    batch = collate([dataset[i] for i in range(min(2, data.batch_size, len(dataset)))])
+    modes = [part.training for part in (student, criterion)]
+    with torch.no_grad(), torch.random.fork_rng():
+        ours = _shown(student.eval(), batch.image)
+        theirs = teacher(batch.image) if teacher is not None and criterion.needs else None
+        values = criterion.eval()(ours, theirs, batch.target.long()).values
+    for part, mode in zip((student, criterion), modes, strict=True):
+        part.train(mode)
+    fixed = criterion.weights
+    weighted = {name: weight * value.item() for name, value in values.items() if (weight := fixed[name]) is not None}
+    log.info("terms before step 1: %s", ", ".join(f"{name} {value:.3g}" for name, value in weighted.items()))
+    for name, value in weighted.items():
+        others = sum(weighted.values()) - value
+        if len(weighted) > 1 and value > DOMINANT * others > 0:
+            log.warning(
+                "the term %s is %.0f times all other terms together, so the student follows it alone: lower "
+                "criterion.terms.%s.weight, set it by its gradient ('auto(0.5)'), or let teacher.standardise=true bring "
+                "the teacher's features to the usual scale",
+                name,
+                value / others,
+                name,
+            )
+
+
+def _shown(network: Network, image: Tensor) -> SegmentationOutput:
     """A network's output for an image; a size that it does not take is the user's mistake."""
     try:
         return network(image)

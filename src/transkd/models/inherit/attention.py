@@ -1,0 +1,179 @@
+"""Attention of a block, solved: queries, keys and values of narrower or other heads, and their projection."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transkd.layers.attention import attend
+from transkd.models.encoders.mit import to_map
+from transkd.models.inherit.activations import Activations, Batch
+from transkd.models.inherit.families import Attention, Block
+from transkd.models.inherit.fits import Solving, fit_linear, fit_norm
+from transkd.models.inherit.subspaces import Basis, Moments, principal_basis, score_factors, value_factors
+
+__all__ = ["solve_attention", "token_weight"]
+
+
+def solve_attention(theirs: Block, ours: Block, basis: Basis, batches: Activations, solving: Solving) -> None:
+    """Solve norm1 and attention of a block.
+
+    The batches know the tokens that enter the teacher's block, "entry_t", those after its attention, "middle_t", and
+    the student's "student"; afterwards "student" is the student's after its attention.
+    """
+    teacher, student = theirs.attention, ours.attention
+    batches.define(normed_t=lambda b: theirs.norm1(b["entry_t"]), normed_s=lambda b: ours.norm1(b["student"]))
+    maps = head_maps(teacher, student, basis, batches)
+    fit_norm(batches, ours.norm1, lambda b: b["student"], lambda b: basis.normed(theirs.norm1, b["entry_t"]))
+    reader = basis.reader(theirs.norm1)
+    fit_linear(
+        batches,
+        student.q,
+        lambda b: b["normed_s"],
+        lambda b: teacher.q(b["normed_t"]) @ maps.query,
+        solving,
+        maps.query.T @ teacher.q.weight @ reader.T,
+    )
+    if teacher.reduce is not None:
+        reader = _solve_reduction(theirs, student, basis, reader, batches, solving)
+    batches.define(
+        context_t=lambda b: teacher.context(b["normed_t"], b["grid"]),
+        context_s=lambda b: student.context(b["normed_s"], b["grid"]),
+        heads_s=lambda b: student.attended(b["normed_s"], b["context_s"]),
+        solved=lambda b: b["student"] + student.proj(b["heads_s"]),
+    )
+    both = torch.block_diag(maps.key, maps.value)
+    spare, start = both.abs().sum(0) == 0, student.kv.weight.clone()  # channels of heads wider than the teacher's
+    fit_linear(
+        batches,
+        student.kv,
+        lambda b: b["context_s"],
+        lambda b: teacher.kv(b["context_t"]) @ both,
+        solving,
+        both.T @ teacher.kv.weight @ reader.T,
+    )
+    student.kv.weight[spare] = start[spare]  # at 0 they would get no gradient
+    fit_linear(
+        batches,
+        student.proj,
+        lambda b: b["heads_s"],
+        lambda b: b["middle_t"] @ basis.down - b["student"],
+        solving,
+        basis.down.T @ teacher.proj.weight @ maps.back.T,
+        lambda b: token_weight(b["middle_t"]),
+    )
+    batches.store(student="solved")
+
+
+def token_weight(tokens: Tensor) -> Tensor:
+    """How much each token of the stream [B, N, C] counts, [B, N]: the norms that read it divide by its deviation."""
+    return tokens.var(-1).add(1e-6).reciprocal()
+
+
+def _solve_reduction(
+    theirs: Block, student: Attention, basis: Basis, reader: Tensor, batches: Activations, solving: Solving
+) -> Tensor:
+    """Solve the convolution that shrinks the map, and its norm; gives the map [C_s, C_t] back to the teacher's context.
+
+    What comes of it is read by keys and values alone, so it has a basis of its own.
+    """
+    teacher = theirs.attention
+    assert teacher.reduce is not None
+    assert teacher.norm is not None
+    assert student.reduce is not None
+    assert student.norm is not None
+    norm = teacher.norm
+    batches.define(
+        shrunk_t=lambda b: teacher.shrunk(b["normed_t"], b["grid"]),
+        shrunk_s=lambda b: student.shrunk(b["normed_s"], b["grid"]),
+    )
+    inner = basis
+    if not basis.identity:
+        moments = Moments()
+        for batch in batches:
+            moments.add(F.layer_norm(batch["shrunk_t"], norm.normalized_shape, eps=norm.eps))
+        inner = principal_basis(moments.second(), student.q.in_features, solving.generator)
+    fit_linear(
+        batches,
+        student.reduce,
+        lambda b: to_map(b["normed_s"], b["grid"]),
+        lambda b: b["shrunk_t"] @ inner.down,
+        solving,
+        torch.einsum("ochw,dc,op->pdhw", teacher.reduce.weight, reader, inner.down),
+    )
+    fit_norm(batches, student.norm, lambda b: b["shrunk_s"], lambda b: inner.normed(norm, b["shrunk_t"]))
+    return inner.reader(norm)
+
+
+class HeadMaps(NamedTuple):
+    """What the student's queries, keys and values are of the teacher's [C_t, C_s], and back for values [C_s, C_t]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    back: Tensor
+
+
+def head_maps(teacher: Attention, student: Attention, basis: Basis, batches: Activations) -> HeadMaps:
+    """Low-rank factors of the teacher's heads for the student's.
+
+    A head of the student stands for one of the teacher's: of more heads the teacher's those with the largest outputs
+    are kept; of fewer each is shared by several of the student's, which take different parts of its values. Queries
+    are scaled, since the soft-max divides scores by the root of the head's own width.
+    """
+    like = teacher.q.weight
+    if (teacher.heads, teacher.width) == (student.heads, student.width):
+        eye = torch.eye(teacher.heads * teacher.width, dtype=like.dtype, device=like.device)
+        return HeadMaps(eye, eye, eye, eye)
+    factors = _head_factors(teacher, basis, batches)
+    shared = _shared_heads([float(sizes.square().sum()) for *_, sizes in factors], student.heads)
+    wide, narrow = teacher.width, student.width
+    shape = (teacher.heads * wide, student.heads * narrow)
+    query, key, value, back = (torch.zeros(shape, dtype=torch.float64, device=like.device) for _ in range(4))
+    for a, (head, part) in enumerate(shared):
+        (of_scores_q, of_scores_k), of_values, from_values, _ = factors[head]
+        rank = min(wide, narrow)
+        mine, its = slice(a * narrow, a * narrow + rank), slice(head * wide, (head + 1) * wide)
+        query[its, mine] = of_scores_q[:, :rank] * (narrow / wide) ** 0.5
+        key[its, mine] = of_scores_k[:, :rank]
+        first = min(part * narrow, wide - rank)
+        value[its, mine] = of_values[:, first : first + rank]
+        back[its, mine] = from_values[first : first + rank].T
+    return HeadMaps(*(x.to(like.dtype) for x in (query, key, value)), back.T.to(like.dtype))
+
+
+def _head_factors(
+    teacher: Attention, basis: Basis, batches: Activations
+) -> list[tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]]:
+    moments = [(Moments(), Moments(), Moments()) for _ in range(teacher.heads)]
+    for batch in batches:
+        for seen, parts in zip(moments, zip(*_heads(teacher, batch), strict=True), strict=True):
+            for moment, part in zip(seen, parts, strict=True):
+                moment.add(part)
+    readouts = (basis.down.T @ teacher.proj.weight).double().split(teacher.width, dim=1)
+    return [
+        (
+            score_factors(queries.second(), keys.second(), teacher.width),
+            *value_factors(given.covariance(), readout, teacher.width),
+        )
+        for (queries, keys, given), readout in zip(moments, readouts, strict=True)
+    ]
+
+
+def _heads(teacher: Attention, batch: Batch) -> tuple[tuple[Tensor, ...], ...]:
+    """Queries, keys and outputs of each head; a part of the keys that all have in common does not change soft-max."""
+    tokens = batch["normed_t"]
+    query, pair = teacher.q(tokens), teacher.kv(teacher.context(tokens, batch["grid"]))
+    keys = pair.chunk(2, dim=-1)[0]
+    given = attend(query, pair, teacher.heads)
+    return tuple(x.split(teacher.width, dim=-1) for x in (query, keys - keys.mean(1, keepdim=True), given))
+
+
+def _shared_heads(sizes: list[float], count: int) -> list[tuple[int, int]]:
+    """For each of the student's heads the teacher's that it stands for, and which part of its values it takes."""
+    if count <= len(sizes):
+        largest = sorted(range(len(sizes)), key=lambda head: -sizes[head])[:count]
+        return [(head, 0) for head in sorted(largest)]
+    heads = [a * len(sizes) // count for a in range(count)]
+    return [(head, a - heads.index(head)) for a, head in enumerate(heads)]

@@ -1,0 +1,77 @@
+"""What came of a start: how like its teacher the student is before any step."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transkd.layers.upsampling import upsampled
+from transkd.models.inherit.fits import Gram
+from transkd.models.network import Network
+
+__all__ = ["InheritReport", "compare"]
+
+
+@dataclasses.dataclass(frozen=True)
+class InheritReport:
+    """How a student started from its teacher, and how like it is.
+
+    Attributes:
+        how: "solve", "select" or "copy".
+        images: how many were looked at, mirror images not counted.
+        seconds: that it took, comparison included.
+        feature_errors: per stage, the share of the variance of the teacher's features that no linear map of the
+            student's explains, in [0, 1]: 0 where nothing is lost. Empty without images.
+        agreement: share of pixels for which both networks' logits have the same largest class; None without images
+            or where the classes differ.
+        warnings: what the log warned of.
+
+    Example:
+        >>> InheritReport("copy", 0, 0.1).as_dict()["how"]
+        'copy'
+    """
+
+    how: str
+    images: int
+    seconds: float
+    feature_errors: tuple[float, ...] = ()
+    agreement: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            **dataclasses.asdict(self),
+            "seconds": round(self.seconds, 2),
+            "feature_errors": list(self.feature_errors),
+            "warnings": list(self.warnings),
+        }
+
+
+@torch.no_grad()
+def compare(
+    teacher: Network, student: Network, batches: Iterable[Tensor], advance: Callable[[], None]
+) -> tuple[tuple[float, ...], float | None]:
+    """``feature_errors`` and ``agreement`` of the report, over batches of images."""
+    grams: list[Gram] = []
+    same, of = 0, 0
+    for images in batches:
+        theirs, ours = teacher(images), student(images)
+        grams = grams or [Gram() for _ in range(min(len(theirs.features), len(ours.features)))]
+        for gram, feature, target in zip(grams, ours.features, theirs.features, strict=False):
+            gram.add(upsampled(feature, target.shape[-2:]), target)
+        if theirs.logits is not None and ours.logits is not None and teacher.num_classes == student.num_classes:
+            logits = upsampled(ours.logits, theirs.logits.shape[-2:])
+            same += int((logits.argmax(1) == theirs.logits.argmax(1)).sum())
+            of += theirs.logits[:, 0].numel()
+        advance()
+    return tuple(_unexplained(gram) for gram in grams), same / of if of else None
+
+
+def _unexplained(gram: Gram) -> float:
+    weight, _ = gram.solve(ridge=1e-9)
+    _, shared, variance = gram.centred()
+    total = float(variance.sum())
+    return max(0.0, 1 - float((weight * shared.T).sum()) / total) if total > 0 else 0.0
