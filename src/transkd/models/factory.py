@@ -81,14 +81,7 @@ def create_segmenter(
         >>> create_segmenter("resnet18", num_classes=5, head="fpn", width=128).channels
         (64, 128, 256, 512)
     """
-    known = {*SEGMENTERS, *ENCODERS}
-    if name not in known and not timm.is_model(name):
-        near = get_close_matches(name, sorted({*known, *timm.list_models()}), n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise UserError(
-            f"unknown network {name!r}{hint}. There are {', '.join(SEGMENTERS)}, and every name of timm.list_models(); "
-            "one of your own is known once its module is imported: plugins=[MODULE]"
-        )
+    _check_name(name)
     recipe = SEGMENTERS.get(name) or Recipe(name, "segformer", 256)
     head = head or recipe.head
     if head not in HEADS:
@@ -97,18 +90,10 @@ def create_segmenter(
     decoder = HEADS[head](built.channels, width or recipe.width, num_classes)
     network = Segmenter(built, decoder, num_classes, mean, std, scale)
     network.name = name
-    usual: dict[str, Any] = {
-        "head": recipe.head if name in SEGMENTERS else None,
-        "width": None,
-        "encoder": {},
-        "scale": 1.0,
-    }
     given = {"head": head, "width": width, "encoder": dict(encoder or {}), "scale": scale}
-    network.recipe = {
-        "name": name,
-        "num_classes": num_classes,
-        **{key: value for key, value in given.items() if value != usual[key]},
-    }
+    usual = {"head": recipe.head if name in SEGMENTERS else None, "width": None, "encoder": {}, "scale": 1.0}
+    chosen = {key: value for key, value in given.items() if value != usual[key]}
+    network.recipe = {"name": name, "num_classes": num_classes, **chosen}
     network.lineage = [CODE, RANDOM]
     if weights is not None:
         load_weights(network, weights, classifier, license)
@@ -138,6 +123,18 @@ def load_segmenter(source: str | Path | Weights, license: str | None = None) -> 
     network = create_segmenter(**recipe)
     load_weights(network, weights, license=license)
     return network, weights.card
+
+
+def _check_name(name: str) -> None:
+    known = {*SEGMENTERS, *ENCODERS}
+    if name in known or timm.is_model(name):
+        return
+    near = get_close_matches(name, sorted({*known, *timm.list_models()}), n=3)
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    raise UserError(
+        f"unknown network {name!r}{hint}. There are {', '.join(SEGMENTERS)}, and every name of timm.list_models(); "
+        "one of your own is known once its module is imported: plugins=[MODULE]"
+    )
 
 
 def _create_encoder(name: str, args: dict[str, Any]) -> Any:
