@@ -1,4 +1,4 @@
-"""Measure this package beside others that do the same work: one process, the same weights, one after the other in turn.
+"""Benchmark this package against alternatives with the same weights, in one process and in alternating turns.
 
 python scripts/benchmark.py forward --network segformer_b0 --size 512 1024 --against transformers smp drawn-out
 python scripts/benchmark.py step --teacher segformer_b2 --student segformer_b0 --against drawn-out
@@ -6,10 +6,10 @@ python scripts/benchmark.py loader --workers 0 1 2
 python scripts/benchmark.py terms
 python scripts/benchmark.py score
 
-Every measurement takes the alternatives in turn (A B C A B C …) after warming each up, so that whatever else the
-machine does meets all of them, and compares medians. Whatever computes the same is compared first; nothing is timed
-where it does not. ``--json FILE`` keeps every single time: the file holds ``command``, ``date``, ``settings``,
-``machine``, ``matmul_gflop_per_s`` and ``rows``, one for each alternative.
+Alternatives are warmed up, then timed in turns (A B C A B C …), so that other load on the machine affects all of them
+alike; medians are compared. Outputs of alternatives that should be equal are compared first; nothing is timed if they
+differ. ``--json FILE`` writes all timings: ``command``, ``date``, ``settings``, ``machine``, ``matmul_gflop_per_s`` and
+``rows``, one per alternative.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from transkd.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line, measure, report."""
+    """Parse the command line, measure, report."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     subparsers = parser.add_subparsers(required=True, metavar="WHAT")

@@ -1,4 +1,4 @@
-"""Validation curves of several runs in one picture.
+"""Plot the validation curves of several runs.
 
 python scripts/compare_curves.py outputs/camvid/<run> outputs/camvid/<run> --labels alone transkd_base --out curves.png
 """
@@ -14,7 +14,7 @@ from transkd.pictures import read_metrics
 
 
 def draw(runs: list[Path], labels: list[str], out: Path) -> None:
-    """Draw mIoU [%] against the training step, one line a run, the run's final score in the legend."""
+    """Plot mIoU [%] over the training step, a line per run, with the final scores in the legend."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     for run, label in zip(runs, labels, strict=True):
@@ -29,10 +29,10 @@ def draw(runs: list[Path], labels: list[str], out: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
-    parser.add_argument("--labels", nargs="+", help="one a run; the folders' names where not given")
+    parser.add_argument("--labels", nargs="+", help="one per run; default: the folders' names")
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     arguments = parser.parse_args()
     labels = arguments.labels or [run.name for run in arguments.runs]

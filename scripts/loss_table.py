@@ -1,11 +1,11 @@
-"""Write docs/losses.md and docs/losses/*.svg: every term of conf/term, what it reads and trains, and what it costs.
+"""Write docs/losses.md and docs/losses/*.svg: inputs, trained parameters and costs of every term in conf/term.
 
-    python scripts/loss_table.py                # measures; minutes on two cores
-    python scripts/loss_table.py --no-cost      # the rest alone, with the costs that docs/losses.md has
+    python scripts/loss_table.py                # with costs; takes minutes on two cores
+    python scripts/loss_table.py --no-cost      # keeps the costs in docs/losses.md
 
-Every term is built for MiT-B2 -> MiT-B0 with 19 classes and shown drawn outputs of the size that these networks give
-for one image of 512×1024. What it reads is found by trying: a tensor whose replacement by NaN changes the value is
-read. Time and memory are those of the value and its gradient, over those of the task's cross-entropy at label size.
+Every term is built for MiT-B2 -> MiT-B0 with 19 classes and called with random outputs of the size that these networks
+have for one image of 512×1024. Its inputs are found by experiment: a tensor is an input if replacing it by NaN changes
+the value. Time and memory are those of value and gradient, relative to the task's cross-entropy at label size.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def parts(output: SegmentationOutput) -> dict[str, Tensor]:
-    """An output's tensors by what the table calls them."""
+    """Return an output's tensors by their names in the table."""
     named = {"image": output.image, "logits": output.logits}
     for kind in ("features", "embeddings"):
         named |= {f"{kind} {i}": tensor for i, tensor in enumerate(getattr(output, kind), start=1)}
@@ -40,7 +40,7 @@ def parts(output: SegmentationOutput) -> dict[str, Tensor]:
 
 
 def replaced(output: SegmentationOutput, name: str, tensor: Tensor) -> SegmentationOutput:
-    """An output with one tensor changed."""
+    """Return an output with one tensor replaced."""
     kind, _, stage = name.partition(" ")
     if not stage:
         return output._replace(**{kind: tensor})
@@ -51,7 +51,7 @@ def replaced(output: SegmentationOutput, name: str, tensor: Tensor) -> Segmentat
 
 @torch.no_grad()
 def reads(term: Term) -> tuple[list[str], list[str], bool]:
-    """What changes the term's value: of the student, of the teacher, and whether the labels do."""
+    """Return the student's and the teacher's tensors that affect the term's value, and whether the labels do."""
     student, teacher, target = term.pair
 
     def value(*arguments: object) -> Tensor:
@@ -73,17 +73,17 @@ def reads(term: Term) -> tuple[list[str], list[str], bool]:
 
 
 def summarise(names: list[str]) -> str:
-    """``features 1``, ``features 2`` … as "features 1-4"."""
-    said = [name for name in names if " " not in name]
+    """Abbreviate ``features 1``, ``features 2``, … as "features 1-4"."""
+    summary = [name for name in names if " " not in name]
     for kind in ("features", "embeddings"):
         stages = [name.split()[1] for name in names if name.startswith(f"{kind} ")]
         if stages:
-            said.append(f"{kind} {', '.join(stages)}" if len(stages) < 4 else f"{kind} 1-4")
-    return "; ".join(said)
+            summary.append(f"{kind} {', '.join(stages)}" if len(stages) < 4 else f"{kind} 1-4")
+    return "; ".join(summary)
 
 
 def draw(path: Path, student: list[str], teacher: list[str], labels: bool) -> None:
-    """The two networks as rows of boxes; filled is what the term reads."""
+    """Draw both networks as rows of boxes; inputs of the term are filled."""
     figure = Figure(figsize=(7.2, 1.9))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 14.4), ylim=(0, 3.8))
@@ -92,8 +92,8 @@ def draw(path: Path, student: list[str], teacher: list[str], labels: bool) -> No
     for stage in range(1, 5):
         boxes += [(f"embeddings {stage}", f"E{stage}"), (f"features {stage}", f"F{stage}")]
     boxes += [("logits", "logits")]
-    for y, who, read, colour in ((2.2, "teacher", teacher, "#c44e52"), (0.5, "student", student, "#4c72b0")):
-        axes.text(0.1, y + 0.45, who, va="center", fontsize=9)
+    for y, role, read, colour in ((2.2, "teacher", teacher, "#c44e52"), (0.5, "student", student, "#4c72b0")):
+        axes.text(0.1, y + 0.45, role, va="center", fontsize=9)
         for i, (name, text) in enumerate(boxes):
             x = 1.4 + 1.15 * i
             filled = name in read
@@ -105,18 +105,18 @@ def draw(path: Path, student: list[str], teacher: list[str], labels: bool) -> No
                 axes.add_patch(FancyArrow(x - 0.24, y + 0.45, 0.12, 0, width=0.01, head_width=0.12, color="#999999"))
     axes.add_patch(Rectangle((13.1, 1.4), 1.1, 0.8, facecolor="#55a868" if labels else "white", edgecolor="#555555"))
     axes.text(13.65, 1.8, "labels", ha="center", va="center", fontsize=8, color="white" if labels else "#555555")
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "transkd"}):  # small, the same each time
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "transkd"}):  # small and reproducible files
         figure.savefig(path, metadata={"Date": None})
 
 
 def describe(module: nn.Module) -> str:
-    """The docstring up to its arguments."""
+    """Return the class docstring up to its arguments."""
     text = inspect.getdoc(type(module)) or ""
     return re.split(r"\n(?:Args|Shapes|Raises|Attributes|Example):", text)[0].strip()
 
 
 def as_markdown(text: str) -> str:
-    """Indented formulas as code blocks, cross references as code."""
+    """Convert indented formulas to code blocks and double backticks to single ones."""
     lines = []
     for block in re.split(r"\n\n", text.replace("``", "`")):
         if all(line.startswith("    ") for line in block.splitlines()):
@@ -127,14 +127,14 @@ def as_markdown(text: str) -> str:
 
 
 def costs_of(built: Mapping[str, Term], arguments: argparse.Namespace) -> dict[str, Cost]:
-    """Time and memory of the task's cross-entropy and every term."""
+    """Measure time and memory of the task's cross-entropy and of every term."""
     fixed = {"size": SIZE, "batch": 1, "classes": CLASSES, "device": "cpu", "compile": False}
     costs = measure_terms(built, argparse.Namespace(**vars(arguments), **fixed), torch.float32)
     return {cost.name: cost for cost in costs}
 
 
 def known_costs(path: Path) -> dict[str, tuple[str, str]]:
-    """The two columns of a table that was written before."""
+    """Read time and memory from an existing table."""
     if not path.is_file():
         return {}
     rows = re.findall(r"^\| \[`(\w+)`\]\(#.*\| ([^|]+) \| ([^|]+) \|$", path.read_text(encoding="utf-8"), re.M)
@@ -146,23 +146,24 @@ HEAD = """# Distillation terms
 Written by `python scripts/loss_table.py` from `conf/term/` and the classes' documentation; do not edit.
 
 A term compares the outputs of a student and a teacher (`SegmentationOutput`: logits, features F1-F4, patch embeddings
-E1-E4, the image as the network was fed) and gives a scalar without its weight. Choose terms with `'term=[kd,csf]'`, or
-a [preset](#presets) that weighs them as its paper does with `distill=`. Every run also has `task`, the cross-entropy of
-the student's logits with the labels (`TaskCrossEntropy`). What a term trains is no part of the deployed student.
+E1-E4, the normalised image) and returns an unweighted scalar. Choose terms with `'term=[kd,csf]'`, or a
+[preset](#presets) that weighs them as its paper does with `distill=`. Every run also has `task`, the cross-entropy of
+the student's logits with the labels (`TaskCrossEntropy`). Parameters of a term are not part of the deployed student.
 
-Rules that all terms share: the teacher is a constant; maps of other sizes are brought to one grid, the teacher's by
-default (bilinear, align_corners=False); labels go to a grid by nearest neighbour, 255 is ignored; arithmetic is
-float32 at least; a batch from which nothing can be learnt gives a 0 with zero gradients; means are over positions, so
-that a value does not grow with the image, but where the method itself is a sum (stated). Means over valid positions
-are taken in each process, so that with unequal numbers of labelled pixels several processes weigh them differently
-than one with the joined batch.
+Common to all terms: the teacher's outputs are detached; maps of another size are resized to a common grid, by default
+the teacher's (bilinear, align_corners=False); labels are resized by nearest neighbour, 255 is ignored; values are
+computed in float32 or float64; a batch without a valid position gives 0 with zero gradients; values are means over
+positions, so that they do not grow with the image, unless the method is a sum (stated). In distributed training means
+over valid positions are computed in each process, so with unequal numbers of labelled pixels the result differs from
+that of one process with the joined batch.
 
-**Weights.** `criterion.terms.<name>.weight=0.5` sets one. With `'criterion.terms.<name>.weight="auto(0.3)"'` it is set
-on the first ten steps so that the term's gradient on the student has 0.3 times the norm of the task's, and kept. A
-schedule multiplies it: `'+criterion.terms.<name>.schedule={_target_:transkd.losses.Schedule,end:0.8}'` is on for 80 %
-of the run; `start`, `rise`, `end` and `fall` are fractions of the run, or with `unit:epoch` or `unit:step` those;
-`shape:cosine` rounds the ramps. While no term reads the teacher, it does not run. `gradients_every=50` logs each
-term's gradient norm and its cosine with the task's.
+**Weights.** `criterion.terms.<name>.weight=0.5` sets a weight. `'criterion.terms.<name>.weight="auto(0.3)"'` calibrates
+it on the first ten steps such that the norm of the term's gradient on the student is 0.3 times that of the task's, and
+keeps it. A schedule multiplies the weight:
+`'+criterion.terms.<name>.schedule={_target_:transkd.losses.Schedule,end:0.8}'` enables the term for 80 % of the run;
+`start`, `rise`, `end` and `fall` are fractions of the run, or in the unit of `unit:epoch` or `unit:step`;
+`shape:cosine` gives cosine ramps. While no term reads the teacher, it is not run. `gradients_every=50` logs the norm of
+each term's gradient and its cosine with the task's.
 
 """
 
@@ -183,9 +184,9 @@ def presets() -> str:
 
 
 def main() -> None:
-    """Measure, draw, write."""
+    """Parse the command line, measure, write the page and the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-cost", action="store_true", help="keep the costs that docs/losses.md has")
+    parser.add_argument("--no-cost", action="store_true", help="keep the costs in docs/losses.md")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calm", action="store_true", help="measure only while other processes are idle (Linux)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "losses.md")
@@ -198,7 +199,7 @@ def main() -> None:
     costs = None if arguments.no_cost else costs_of(built, arguments)
     rows, sections = [], []
     for path in TERMS.values():
-        # what a term reads does not depend on the size; small outputs find it quickly
+        # small outputs: the inputs of a term do not depend on the size
         student, teacher, labels = reads(build(path, (256, 256)))
         draw(pictures / f"{path.stem}.svg", student, teacher, labels)
         term = built[path.stem]
@@ -224,7 +225,7 @@ def main() -> None:
         settings = f" Here with {SETTINGS[term.name]}." if SETTINGS.get(term.name) else ""
         sections.append(
             f"### {term.name}\n\n`{kind}`, [conf/term/{term.name}.yaml](../conf/term/{term.name}.yaml): "
-            f"{term.about}.{settings}\n\n![what {term.name} reads]({pictures.name}/{term.name}.svg)\n\n"
+            f"{term.about}.{settings}\n\n![inputs of {term.name}]({pictures.name}/{term.name}.svg)\n\n"
             f"{as_markdown(describe(term.module))}\n"
         )
         print(rows[-1], flush=True)
@@ -232,8 +233,8 @@ def main() -> None:
         "term",
         "class",
         "method",
-        "reads of the student",
-        "of the teacher",
+        "inputs: student",
+        "teacher",
         "labels",
         "trains",
         "weight",

@@ -1,8 +1,8 @@
-"""Write docs/models.md: size, arithmetic and speed of the networks, beside the same ones of other libraries.
+"""Write docs/models.md: parameters, operations and speed of the networks, compared with other libraries.
 
 python scripts/model_table.py [--size 512 1024] [--rounds 3] [--calm] [--no-latency] [--names NAME …] [--output FILE]
 
-Arithmetic is counted on the meta device, where it costs nothing; times are taken as scripts/benchmark.py takes them.
+Operations are counted on the meta device; times are measured as in scripts/benchmark.py.
 """
 
 import argparse
@@ -29,53 +29,53 @@ EXAMPLES = {
     "resnet50": "fpn",
     "efficientvit_b0": "segformer",
 }
-"""timm networks that stand for all the others, with the head that they get here."""
+"""Examples of timm networks, with the head used here."""
 
 LIBRARIES = {"transformers": "transformers", "smp": "smp, stride 4"}
-"""Who builds the SegFormers too, and the alternative of benchmark.py that ends where ours ends."""
+"""Libraries with SegFormer, and their alternative in benchmark.py that returns logits at stride 4."""
 
 
 class Counted(NamedTuple):
-    """What can be said of a network without running it."""
+    """Properties of a network that do not require running it."""
 
     name: str
     head: str
     parameters: int
-    gflop_drawn_out: float | None  # None for other heads than SegFormer's
+    gflop_reference: float | None  # None for other heads than SegFormer's
     gflop: float
     strides: tuple[int, ...]
     embeddings: bool
 
 
 class Timed(NamedTuple):
-    """Seconds of one forward, and how many times as long the other libraries take."""
+    """Seconds of a forward, and the other libraries' times relative to it."""
 
     seconds: float
     ratios: dict[str, float]
 
 
 def head_of(name: str) -> str:
-    """The head that a network of the table has."""
+    """Return the name of a network's head."""
     return SEGMENTERS[name].head if name in SEGMENTERS else EXAMPLES[name]
 
 
 @torch.no_grad()
 def count(name: str, size: Sequence[int]) -> Counted:
-    """Parameters, arithmetic and taps."""
+    """Count parameters and floating-point operations, and determine the taps."""
     with torch.device("meta"):
         network = forward.build_network(name, CLASSES, head_of(name))
         image = torch.empty(1, 3, *size)
         output = network(image)
         best = forward.build_ours(network)[-1]
-        drawn_out = None
+        reference = None
         if isinstance(network.head, SegformerHead):
-            drawn = forward.build_unfolded(network)[0]
-            drawn_out = measure.count_gflop(lambda: drawn.logits(image))
+            unfolded = forward.build_unfolded(network)[0]
+            reference = measure.count_gflop(lambda: unfolded.logits(image))
         return Counted(
             name,
             head_of(name),
             sum(parameter.numel() for parameter in network.parameters()),
-            drawn_out,
+            reference,
             measure.count_gflop(lambda: best.logits(image)),
             tuple(round(size[0] / feature.shape[2]) for feature in output.features),
             bool(output.embeddings),
@@ -83,7 +83,7 @@ def count(name: str, size: Sequence[int]) -> Counted:
 
 
 def time_forward(name: str, size: Sequence[int], rounds: int, calm: bool) -> Timed:
-    """Time of ours, and of the same network in the libraries that have it, in the same turns."""
+    """Time our network and the same network in other libraries, in alternating turns."""
     network = forward.build_network(name, CLASSES, head_of(name))
     image = torch.randn(1, 3, *size)
     libraries = LIBRARIES if getattr(SEGMENTERS.get(name), "encoder", None) in VARIANTS else {}
@@ -99,9 +99,9 @@ def time_forward(name: str, size: Sequence[int], rounds: int, calm: bool) -> Tim
 
 
 def as_cells(counted: Counted, timed: Timed | None) -> list[str]:
-    """A row of the table."""
-    drawn_out = "–" if counted.gflop_drawn_out is None else f"{counted.gflop_drawn_out:.1f}"
-    cells = [counted.name, counted.head, f"{counted.parameters / 1e6:.2f}", drawn_out, f"{counted.gflop:.1f}"]
+    """Format a row of the table."""
+    reference = "–" if counted.gflop_reference is None else f"{counted.gflop_reference:.1f}"
+    cells = [counted.name, counted.head, f"{counted.parameters / 1e6:.2f}", reference, f"{counted.gflop:.1f}"]
     if timed:
         cells += [f"{timed.seconds:.2f}"]
         cells += [f"{timed.ratios[key]:.1f}×" if key in timed.ratios else "–" for key in LIBRARIES]
@@ -118,35 +118,34 @@ Written on {date} by the command below; do not edit by hand.
 {command}
 ```
 
-Every name of `transkd.models.SEGMENTERS`, and below it some of timm's, with {classes} classes, random weights and one
+All names in `transkd.models.SEGMENTERS` and some timm networks, with {classes} classes, random weights and one
 image of {height}×{width}. Any other timm network with four stages from stride 4 on works too.
 
 {table}
 
-- **parameters**: of the network as it trains.
-- **GFLOP**: 2 per multiply-add, counted by `torch.utils.flop_counter`. *Reference* is the SegFormer head computed step
-  by step, as its paper draws it; the next column is what runs here: that head folded, BatchNorm too
-  (`Segmenter.fuse()`). Other heads have one way to be computed.
-{latency}- **taps**: every network shows its logits and four features, at the **strides** given; **embeddings** says
-  whether it shows patch embeddings too, which `pea`, `gl_mixer` and `ea` read.
+- **parameters**: parameters in training.
+- **GFLOP**: 2 per multiply-add, counted by `torch.utils.flop_counter`. *Reference* is the SegFormer head as in its
+  reference implementation; the next column is the form used here, with folded linear layers and BatchNorm
+  (`Segmenter.fuse()`). Other heads have only one form.
+{latency}- **taps**: every network returns its logits and four features, at the **strides** given; **embeddings** states
+  whether it also returns patch embeddings, which `pea`, `gl_mixer` and `ea` need.
 """
 
 LATENCY = """\
-- **seconds**: one forward, float32, median of {rounds} after two of warm-up{calm}.
-  Fused where the head is SegFormer's.
-- **transformers**, **smp** (segmentation_models.pytorch): how many times as long as ours the same network with the same
-  weights takes there, measured in the same turns. All end with the logits at stride 4; they agree with ours to
-  {tolerance:g} of the largest logit, else nothing is timed.
+- **seconds**: one forward, float32, median of {rounds} after two warm-up runs{calm}. SegFormer heads are fused.
+- **transformers**, **smp** (segmentation_models.pytorch): time of the same network with the same weights relative to
+  ours, measured in the same turns. All return logits at stride 4, which must agree with ours to {tolerance:g} of the
+  largest logit.
 - **machine**: {machine}.
 """
 
 
 def write_page(rows: Sequence[Sequence[str]], args: argparse.Namespace, machine: str) -> str:
-    """The whole page."""
+    """Format the page."""
     times = ["seconds", *LIBRARIES] if args.latency else []
     header = ["network", "head", "parameters M", "GFLOP reference", "GFLOP", *times, "strides", "embeddings"]
     calm = ", while other processes were idle" if args.calm else ""
-    said = LATENCY.format(rounds=args.rounds, calm=calm, tolerance=forward.TOLERANCE, machine=machine)
+    latency = LATENCY.format(rounds=args.rounds, calm=calm, tolerance=forward.TOLERANCE, machine=machine)
     return PAGE.format(
         date=datetime.date.today(),
         command=shlex.join(["python", "scripts/model_table.py", *args.command_line]),
@@ -154,12 +153,12 @@ def write_page(rows: Sequence[Sequence[str]], args: argparse.Namespace, machine:
         height=args.size[0],
         width=args.size[1],
         table=measure.as_markdown(header, rows),
-        latency=said if args.latency else "",
+        latency=latency if args.latency else "",
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line, write the page."""
+    """Parse the command line, measure, write the page."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     names = [*SEGMENTERS, *EXAMPLES]
@@ -167,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(512, 1024), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rounds", type=int, default=3, help="timed turns of each network")
     parser.add_argument("--calm", action="store_true", help="measure only while other processes are idle (Linux)")
-    parser.add_argument("--no-latency", dest="latency", action="store_false", help="leave out what takes minutes")
+    parser.add_argument(
+        "--no-latency", dest="latency", action="store_false", help="do not measure times, which takes minutes"
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args(arguments)
     args.command_line = arguments

@@ -1,9 +1,9 @@
-"""Turn a sweep's folder into one table: mIoU in percent, mean ± sample standard deviation over seeds.
+"""Summarise a sweep in a table: mIoU in percent, mean ± sample standard deviation over seeds.
 
 python scripts/sweep_table.py outputs/acdc/sweep_<date> [--group distill] [--csv FILE] [--markdown]
 
-A job is a subfolder with its settings in ``.hydra/overrides.yaml`` and its scores in ``results.json``. Jobs that differ
-in nothing but the seed make one row. A job without results is named on stderr and left out of the means.
+A job is a subfolder with settings in ``.hydra/overrides.yaml`` and scores in ``results.json``. Jobs that differ only in
+the seed form a row. Jobs without results are listed on stderr and excluded from the means.
 """
 
 import argparse
@@ -26,7 +26,7 @@ OVERRIDES = Path(".hydra") / "overrides.yaml"
 
 
 class Job(NamedTuple):
-    """One finished run of a sweep; scores are fractions."""
+    """A finished run of a sweep; scores are fractions."""
 
     name: str
     settings: dict[str, str]
@@ -37,7 +37,7 @@ class Job(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Jobs that differ in the seed alone; scores in percent, None where there is no such value."""
+    """Jobs that differ only in the seed; scores in percent, None for missing values."""
 
     settings: tuple[str, ...]
     miou: float
@@ -49,17 +49,17 @@ class Row(NamedTuple):
 
 
 def read_settings(folder: Path) -> dict[str, str]:
-    """The overrides of a job, by name."""
+    """Read the overrides of a job by name."""
     lines = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES))
     pairs = (str(line).lstrip("+").partition("=") for line in lines)
     return {name: value for name, _, value in pairs}
 
 
 def read_job(folder: Path) -> Job:
-    """One job's settings and scores.
+    """Read settings and scores of a job.
 
     Raises:
-        ValueError: it has no usable results; the message says why.
+        ValueError: there are no usable results; the message states the reason.
     """
     settings = read_settings(folder)
     try:
@@ -80,41 +80,41 @@ def read_job(folder: Path) -> Job:
 
 
 def read_sweep(root: Path) -> list[Job]:
-    """Every finished job, in the order of their numbers; the others are named on stderr."""
+    """Read all finished jobs in numerical order; list the others on stderr."""
     if not root.is_dir():
         sys.exit(f"error: no such folder: {root}")
     folders = [path.parents[1] for path in root.glob(f"*/{OVERRIDES}")]
     if not folders:
-        sys.exit(f"error: no jobs in {root}: expected <number>/{OVERRIDES}, as a run with -m leaves them")
+        sys.exit(f"error: no jobs in {root}: expected <number>/{OVERRIDES}, as written by a run with -m")
     jobs = []
     for folder in sorted(folders, key=lambda path: (not path.name.isdigit(), path.name.zfill(9))):
         try:
             jobs.append(read_job(folder))
         except ValueError as error:
-            said = " ".join(f"{name}={value}" for name, value in read_settings(folder).items())
-            print(f"left out: job {folder.name} ({said}): {error}", file=sys.stderr)
+            overrides = " ".join(f"{name}={value}" for name, value in read_settings(folder).items())
+            print(f"left out: job {folder.name} ({overrides}): {error}", file=sys.stderr)
     if not jobs:
         sys.exit(f"error: no job in {root} has results")
     return jobs
 
 
 def varying(jobs: Sequence[Job]) -> list[str]:
-    """Names of the settings that differ between jobs, the seed aside, in the order in which they were given."""
+    """Return the names of settings other than the seed that differ between jobs, in the order given."""
     names = dict.fromkeys(name for job in jobs for name in job.settings if name != "seed")
     return [name for name in names if len({job.settings.get(name) for job in jobs}) > 1]
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (n − 1); no deviation for a single value."""
+    """Return mean and sample standard deviation (n − 1); None as deviation of a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def make_rows(jobs: Sequence[Job], names: Sequence[str]) -> list[Row]:
-    """One row for each combination of the named settings, in the order of the jobs."""
+    """Build a row per combination of the named settings, in the order of the jobs."""
     protocols = {job.protocol: job.name for job in jobs}
     if len(protocols) > 1:
         found = ", ".join(f"{protocol} (job {name})" for protocol, name in protocols.items())
-        sys.exit(f"error: scores under different protocols cannot stand in one table: {found}")
+        sys.exit(f"error: scores of different protocols are not comparable: {found}")
     groups = defaultdict(list)
     for job in jobs:
         groups[tuple(job.settings.get(name, "–") for name in names)].append(job)
@@ -135,20 +135,20 @@ def make_rows(jobs: Sequence[Job], names: Sequence[str]) -> list[Row]:
 
 
 def show(mean: float | None, std: float | None) -> str:
-    """A value in percent with its deviation, where there is one."""
+    """Format a value in percent with its deviation, if any."""
     if mean is None:
         return "–"
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
 def as_text(row: Row) -> list[str]:
-    """The cells of a row; a single seed shows its missing deviation."""
+    """Format the cells of a row; the deviation of a single seed is shown as missing."""
     miou = show(row.miou, row.std) if row.std is not None else f"{row.miou:.2f} ± –"
     return [*row.settings, miou, str(row.runs), show(row.teacher, row.teacher_std), row.protocol]
 
 
 def print_markdown(header: Sequence[str], rows: Sequence[Row], title: str) -> None:
-    """The table as Markdown."""
+    """Print the table as Markdown."""
     lines = [header, ["---"] * len(header), *(as_text(row) for row in rows)]
     print(f"{title}\n")
     for line in lines:
@@ -156,7 +156,7 @@ def print_markdown(header: Sequence[str], rows: Sequence[Row], title: str) -> No
 
 
 def print_table(header: Sequence[str], rows: Sequence[Row], title: str) -> None:
-    """The table for a terminal."""
+    """Print the table for a terminal."""
     table = Table(*map(escape, header), title=escape(title))
     for row in rows:
         table.add_row(*map(escape, as_text(row)))
@@ -164,7 +164,7 @@ def print_table(header: Sequence[str], rows: Sequence[Row], title: str) -> None:
 
 
 def write_csv(path: Path, names: Sequence[str], rows: Sequence[Row]) -> None:
-    """The table's numbers, unrounded; an empty cell where there is no value."""
+    """Write the unrounded numbers of the table; missing values are empty cells."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*names, *Row._fields[1:]])
@@ -172,11 +172,11 @@ def write_csv(path: Path, names: Sequence[str], rows: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line, print the table."""
+    """Parse the command line, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("sweep", type=Path, help="a sweep's folder, such as outputs/acdc/sweep_<date>")
-    parser.add_argument("--group", help="settings to make rows of, separated by commas; default: all but the seed")
-    parser.add_argument("--csv", type=Path, help="write the numbers there too")
+    parser.add_argument("--group", help="settings that define rows, separated by commas; default: all but the seed")
+    parser.add_argument("--csv", type=Path, help="also write the numbers to this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     args = parser.parse_args(arguments)
 
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = dict.fromkeys(name for job in jobs for name in job.settings)
     for name in names:
         if name not in known:
-            sys.exit(f"error: --group {name}: no job sets it; there are: {', '.join(known)}")
+            sys.exit(f"error: --group {name}: no job sets it; available: {', '.join(known)}")
     rows = make_rows(jobs, names)
     merged = ["seed", *(name for name in differing if name not in names)]
     title = f"mIoU [%], mean ± standard deviation over {', '.join(merged)}"

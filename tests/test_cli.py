@@ -133,8 +133,8 @@ def bad_weights(trained, tmp_path):
 @pytest.mark.parametrize(
     ("weights", "parts"),
     [
-        ("pickle.pth", ["is no readable weights file", "never executed"]),
-        ("empty.pth", ["is no readable weights file", "0 bytes"]),
+        ("pickle.pth", ["is not a readable weights file", "never executed"]),
+        ("empty.pth", ["is not a readable weights file", "0 bytes"]),
         ("truncated.safetensors", ["damaged safetensors", "copy or download it again"]),
         ("resnet.pth", ["encoder.patch_embed1.proj.weight: missing", "looks like a ResNet"]),
         ("seven.safetensors", ["has 7 classes", "student.classifier=new"]),
@@ -260,7 +260,7 @@ def test_predict_without_images_or_weights(call, trained, frames, tmp_path):
     weights = f"weights={trained / 'run' / 'student.safetensors'}"
     assert "no images for input=nowhere" in call(predict, weights, "input=nowhere")
     (tmp_path / "foreign.pth").write_bytes(b"not weights at all")
-    assert "no readable weights file" in call(predict, "weights=foreign.pth", f"input={frames}")
+    assert "not a readable weights file" in call(predict, "weights=foreign.pth", f"input={frames}")
     assert "weights has no value" in call(predict, "input=.")
 
 

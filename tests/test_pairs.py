@@ -128,7 +128,9 @@ def refused(root, name, message, *overrides):
 
 def test_a_teacher_without_patch_embeddings(root, caplog):
     caplog.set_level(logging.INFO)
-    message = r"Term 'pea': PEALoss compares embeddings, but the teacher shows none: choose a term that reads features"
+    message = (
+        r"Term 'pea': PEALoss compares embeddings, but the teacher returns none: choose a term that reads features"
+    )
     pair = ["teacher=timm", "teacher.network.name=resnet18", "distill=transkd_base"]
     refused(root, "no_embeddings", message, *pair)
     assert "teacher:" not in caplog.text

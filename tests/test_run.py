@@ -189,9 +189,7 @@ def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(base, monkeypatc
 
     monkeypatch.setattr(Distiller, "on_validation_epoch_start", fill_disk, raising=False)
     try:
-        with pytest.raises(
-            UserError, match=r"cannot write .*last\.ckpt: File too large; the file that was there is kept"
-        ):
+        with pytest.raises(UserError, match=r"cannot write .*last\.ckpt: File too large; the previous file is kept"):
             run(composed(base, "full", "distill=none", "~callbacks.best"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

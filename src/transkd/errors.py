@@ -1,10 +1,10 @@
-"""The one exception for what a user can mend."""
+"""Exception for errors that a user can fix."""
 
 __all__ = ["UserError"]
 
 
 class UserError(ValueError):
-    """Bad input: the message says what was expected, what came and what would mend it.
+    """Invalid input; the message states what was expected, what was given and how to fix it.
 
-    The commands print the message alone and exit with status 1; from Python it is an ordinary ``ValueError``.
+    The commands print only the message and exit with status 1; in Python it is a ``ValueError``.
     """

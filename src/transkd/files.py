@@ -1,4 +1,4 @@
-"""Files: written whole or not at all; tensors read without executing anything."""
+"""Atomic writing of files, and reading of tensor files without executing code."""
 
 import hashlib
 import os
@@ -16,12 +16,12 @@ __all__ = ["read_tensor_file", "sha256", "tensors_in", "write_atomically"]
 
 
 def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
-    """Replace a file by new content only once that lies complete on the same disk.
+    """Write to a temporary file in the same folder, then rename it to the target.
 
-    A full disk or a kill at any moment leaves the previous file as it was.
+    A full disk or a killed process leaves the previous file unchanged.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written to.
+        UserError: the disk is full or the folder is not writable.
     """
     path = Path(path)
     temporary: str | None = None
@@ -32,13 +32,13 @@ def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that nobody else may read
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp creates files with mode 0600
         os.replace(temporary, path)
     except BaseException as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            kept = "; the file that was there is kept as it was" if path.exists() else ""
+            kept = "; the previous file is kept" if path.exists() else ""
             raise UserError(f"cannot write {path}: {error.strerror or error}{kept}") from error
         raise
 
@@ -50,34 +50,35 @@ def _umask() -> int:
 
 
 def read_tensor_file(path: str | Path) -> tuple[Any, dict[str, str]]:
-    """What a safetensors file or a PyTorch checkpoint holds; told apart by content, nothing in it is executed.
+    """Read a safetensors file or a PyTorch checkpoint, detected by content, without executing code in it.
 
     Returns:
-        The content (of a safetensors file: tensors by name) and a safetensors file's metadata.
+        The content (of a safetensors file: tensors by name), and the metadata of a safetensors file.
 
     Raises:
-        UserError: there is no such file, or it is damaged, or holds objects that would have to be executed.
+        UserError: the file does not exist, is damaged, or contains pickled objects other than plain tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights file not found: {path}")
     with path.open("rb") as file:
-        start = file.read(16)
-    # A safetensors file begins with the length of its JSON header (8 bytes) and the header's brace.
-    if start[8:9] == b"{":
+        head = file.read(16)
+    # A safetensors file begins with the length of its JSON header (8 bytes) and the header's opening brace.
+    if head[8:9] == b"{":
         return _read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True), {}
-    except Exception as error:  # of damaged bytes torch raises whatever its parser trips over
+    except Exception as error:  # damaged files raise many types of exceptions
         raise UserError(
-            f"{path} is no readable weights file: expected safetensors or a PyTorch checkpoint of plain tensors, got "
-            f"{path.stat().st_size} bytes that are damaged, foreign or hold other objects, which are never executed "
+            f"{path} is not a readable weights file: expected safetensors or a PyTorch checkpoint of plain tensors, "
+            f"got {path.stat().st_size} bytes that are damaged, of another format, or contain pickled objects, which "
+            "are never executed "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    import safetensors  # `transkd.losses` reads this module and needs torch alone
+    import safetensors  # imported here: `transkd.losses` imports this module and depends on torch only
 
     try:
         with safetensors.safe_open(path, framework="pt") as archive:
@@ -88,21 +89,21 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def tensors_in(content: Any, source: str | Path) -> dict[str, Tensor]:
-    """The tensors by name in what a file holds, also under "state_dict" or "model".
+    """Return the tensors by name of a file's content, also if they are under "state_dict" or "model".
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
-        raise UserError(f"{source} holds no weights: expected a mapping of names to tensors")
+        raise UserError(f"{source} contains no weights: expected a mapping of names to tensors")
     return tensors
 
 
 def sha256(path: str | Path) -> str | None:
-    """Hash of a file, to tell later which one it was; None for a folder or a hub's address."""
+    """SHA-256 of a file; None for a folder or a hub address."""
     path = Path(path)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Scores from one confusion matrix over the whole split, under named protocols."""
+"""Scores from the confusion matrix of a whole split, under named protocols."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ __all__ = [
     "scores_from_confusion",
 ]
 
-PARTS = 8
+CHUNKS = 8
 
 
 def at_labels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,13 +34,13 @@ def at_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Protocol(NamedTuple):
-    """How predictions meet labels.
+    """Evaluation protocol: how predictions and labels are compared.
 
     Attributes:
-        transform_labels: the label follows the validation transform (else it stays at its own size).
-        compare: ``compare(logits, target)`` of one batch, logits [B, K, h, w] and labels [B, H, W], gives class ids
-            and labels of one shape; labels of 255 are not counted.
-        description: for tables and ``results.json``.
+        transform_labels: whether the validation transform is applied to the label (else it keeps its original size).
+        compare: ``compare(logits, target)`` of one batch, logits [B, K, h, w] and labels [B, H, W], returns class ids
+            and labels of one shape; labels of 255 are ignored.
+        description: text for tables and ``results.json``.
     """
 
     transform_labels: bool
@@ -57,12 +57,12 @@ PROTOCOLS = {
 
 
 class Scores(NamedTuple):
-    """Fractions in [0, 1].
+    """Scores as fractions in [0, 1].
 
     Attributes:
-        miou: mean IoU over the classes that occur in label or prediction; NaN where none does.
-        iou: IoU per class [K]; NaN for a class in neither label nor prediction.
-        pixel_accuracy: share of valid pixels predicted right.
+        miou: mean IoU over the classes that occur in labels or predictions; NaN if none occurs.
+        iou: IoU per class [K]; NaN for a class in neither labels nor predictions.
+        pixel_accuracy: fraction of valid pixels with the correct class.
     """
 
     miou: Tensor
@@ -71,7 +71,7 @@ class Scores(NamedTuple):
 
 
 def scores_from_confusion(confusion: Tensor) -> Scores:
-    """Scores of a confusion matrix [K, K], rows the label, columns the prediction.
+    """Compute the scores of a confusion matrix [K, K]; rows are labels, columns predictions.
 
     Example:
         >>> import torch
@@ -79,15 +79,15 @@ def scores_from_confusion(confusion: Tensor) -> Scores:
         tensor([0.7500, 0.8000,    nan], dtype=torch.float64)
     """
     confusion = confusion.cpu().double()
-    right = confusion.diag()
-    iou = right / (confusion.sum(0) + confusion.sum(1) - right)  # 0/0 = NaN where the class never occurs
-    return Scores(iou.nanmean(), iou, right.sum() / confusion.sum())
+    correct = confusion.diag()
+    iou = correct / (confusion.sum(0) + confusion.sum(1) - correct)  # 0/0 = NaN for a class that does not occur
+    return Scores(iou.nanmean(), iou, correct.sum() / confusion.sum())
 
 
 class SegmentationScore(MulticlassConfusionMatrix):
-    """Streaming mIoU: sums one confusion matrix over batches and ranks, keeps no prediction.
+    """Streaming mIoU: accumulates a confusion matrix over batches and processes.
 
-    Full-size logits are never made (`upsampled_argmax`), and the matrix is exactly that of the plain way.
+    Predictions at full resolution come from `upsampled_argmax`, which does not store upsampled logits.
 
     Args:
         num_classes: number of classes K; 255 is ignored.
@@ -101,10 +101,10 @@ class SegmentationScore(MulticlassConfusionMatrix):
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add logits [B, K, h, w] against labels [B, H, W]."""
         predicted, target = PROTOCOLS[self.protocol].compare(logits, target)
-        # counting makes several int64 copies of what it is given, so it is given a part at a time
-        for classes, labels in zip(predicted.flatten().chunk(PARTS), target.flatten().chunk(PARTS), strict=True):
+        # update in chunks: the base class makes several int64 copies of its input
+        for classes, labels in zip(predicted.flatten().chunk(CHUNKS), target.flatten().chunk(CHUNKS), strict=True):
             super().update(classes, labels)
 
     def compute(self) -> Any:
-        """``Scores`` of everything seen."""
+        """Compute the ``Scores`` of all batches."""
         return scores_from_confusion(super().compute())

@@ -1,4 +1,4 @@
-"""What every network shows to the losses."""
+"""Output of every network, the input of the losses."""
 
 from typing import NamedTuple
 
@@ -7,20 +7,20 @@ from torch import Tensor
 __all__ = ["EVERYTHING", "IGNORE", "SegmentationOutput"]
 
 IGNORE = 255
-"""The label of pixels that count nowhere."""
+"""Label of pixels that losses and scores ignore."""
 
 EVERYTHING = frozenset({"logits", "features", "embeddings"})
-"""All that a network can be asked for; a term's ``needs`` is a subset."""
+"""Kinds of output that can be requested; a term's ``needs`` is a subset."""
 
 
 class SegmentationOutput(NamedTuple):
-    """One network's view of one batch.
+    """Output of a network for one batch.
 
     Attributes:
-        logits: raw scores [B, K, h, w] at the network's own stride, or None where nobody asked for them.
+        logits: raw scores [B, K, h, w] at the network's own stride, or None if they were not requested.
         features: one map per stage, stage i [B, C_i, H_i, W_i], shallowest first.
-        embeddings: one token map per stage, stage i [B, N_i, C_i] with N_i = H_i·W_i; empty for
-            networks without patch embeddings.
+        embeddings: one token map per stage, stage i [B, N_i, C_i] with N_i = H_i·W_i; empty for networks
+            without patch embeddings.
         image: the network's own input [B, 3, H, W], after its normalisation.
 
     Example:

@@ -1,4 +1,4 @@
-"""Colour, overlays, comparison sheets and curves."""
+"""Coloured label maps, overlays, comparison sheets and training curves."""
 
 import csv
 from collections import defaultdict
@@ -19,31 +19,31 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def palette_of(card: Mapping[str, Any]) -> Sequence[Sequence[int]]:
-    """Colours of a network's classes: its own, those of a known label set, else hues apart from each other."""
+    """Palette of a network: from its card, from a label set with the same class names, or generated hues."""
     if card.get("palette"):
         return card["palette"]
     for classes in CLASS_SETS.values():
         if list(classes.names) == card.get("class_names"):
             return classes.palette
-    # steps of the golden ratio keep neighbouring ids apart
+    # golden-ratio steps: distinct hues for consecutive ids
     hues = [(i * 0.618034) % 1 for i in range(card["num_classes"])]
     return [[round(255 * part) for part in hsv_to_rgb(hue, 0.75, 0.9)] for hue in hues]
 
 
 def colourise(label: Pixels, palette: Sequence[Sequence[int]]) -> Pixels:
-    """Class ids [H, W] to colours [H, W, 3]; 255 is black."""
+    """Convert class ids [H, W] to colours [H, W, 3]; 255 is black."""
     colours = np.zeros((256, 3), dtype=np.uint8)
     colours[: len(palette)] = palette
     return colours[label]
 
 
 def overlay(image: Pixels, colours: Pixels, opacity: float = 0.5) -> Pixels:
-    """Colours [H, W, 3] laid over an image of the same size."""
+    """Blend an image [H, W, 3] with colours of the same size."""
     return (image * (1 - opacity) + colours * opacity).round().astype(np.uint8)
 
 
 def save_sheet(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], path: Path, title: str = "") -> None:
-    """A grid of pictures, one row a sample, one titled column a source."""
+    """Save a grid of images: a row per sample, a titled column per source."""
     from matplotlib.figure import Figure
 
     height, width = rows[0][0].shape[:2]
@@ -62,7 +62,7 @@ def save_sheet(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], path: Pa
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Each logged name of a ``metrics.csv`` with its (step, value) pairs."""
+    """Read the (step, value) pairs of each metric in a ``metrics.csv``."""
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -73,7 +73,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def draw_curves(metrics: Path, path: Path) -> None:
-    """Losses, validation scores and learning rate of a ``metrics.csv`` in one picture."""
+    """Plot losses, validation scores and learning rate of a ``metrics.csv``."""
     from matplotlib.figure import Figure
 
     curves = read_metrics(metrics)
@@ -97,6 +97,6 @@ def draw_curves(metrics: Path, path: Path) -> None:
 
 
 def save_image(pixels: Pixels, path: Path) -> None:
-    """Write a picture or a map of class ids."""
+    """Save an image or a map of class ids."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)

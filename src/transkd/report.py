@@ -1,4 +1,4 @@
-"""What a run shows and records at its end: the table of scores, pictures, results.json."""
+"""Report of a run: table of scores, pictures, results.json."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def log_sizes(student: Network, criterion: Criterion, lora: LoraSettings) -> None:
-    """Log what is deployed, what is dropped after training and, with low-rank terms, what is trained."""
+    """Log the parameters of the student, of the training modules and, with low-rank terms, the trained ones."""
     count = count_parameters(student, criterion)
     log.info(
         "student: %.2f M parameters; with the training modules %.2f M, which are not deployed",
@@ -50,7 +50,7 @@ def log_sizes(student: Network, criterion: Criterion, lora: LoraSettings) -> Non
     )
     if lora.rank is None:
         return
-    adapted = copy.deepcopy(student)  # its weights are still to come; terms that do not fit it are refused here
+    adapted = copy.deepcopy(student)  # a copy: the student's weights are loaded later; this checks the settings early
     add_lora(adapted, lora.rank, lora.train, lora.keep_drop_path)
     log.info(
         "student: %.2f M parameters are trained: low-rank terms, which are merged into the weights, and %s",
@@ -70,12 +70,12 @@ def report_run(
     """Write ``results.json`` and the pictures of a training run, and print the table of scores.
 
     Args:
-        run_dir: the run's folder, which holds student.safetensors and metrics.csv.
+        run_dir: the run's folder, with student.safetensors and metrics.csv.
         parts: the run's data, networks and criterion.
-        scores: of "teacher" and "student", None where there is none.
-        facts: what else is known of the run.
-        notes: what the student's file says of it.
-        pictures: validation images to draw.
+        scores: scores of "teacher" and "student"; None if not scored.
+        facts: additional entries of ``results.json``.
+        notes: notes in the student's weights file.
+        pictures: number of validation images to draw.
     """
     protocol, names = parts.data.protocol, parts.data.classes.names
     about_teacher = {key: value for key, value in notes.items() if key.startswith("teacher_")}
@@ -94,7 +94,7 @@ def report_run(
 
 
 def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], protocol: str) -> None:
-    """One table: mIoU, pixel accuracy and IoU per class of every scored network, in percent."""
+    """Print mIoU, pixel accuracy and IoU per class of every scored network, in percent."""
     scored = {network: scores for network, scores in networks.items() if scores is not None}
     table = Table(title=f"validation, protocol {protocol} [%]")
     table.add_column("")
@@ -123,7 +123,7 @@ def report_scores(scores: Scores, weights: str, names: tuple[str, ...], protocol
 def save_report_pictures(
     run_dir: Path, data: SegmentationDataModule, networks: Mapping[str, Network | None], count: int
 ) -> None:
-    """``pictures/predictions.png`` (image | label | each network, evenly spaced images) and ``pictures/curves.png``."""
+    """Save ``pictures/predictions.png`` (image, label and each network's prediction) and ``pictures/curves.png``."""
     folder = run_dir / "pictures"
     folder.mkdir(exist_ok=True)
     metrics = run_dir / "metrics.csv"
@@ -145,7 +145,7 @@ def save_report_pictures(
 
 
 def describe_scores(scores: Scores | None, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:
-    """Scores as JSON holds them: fractions, None for a class that never occurs."""
+    """Convert scores for JSON: fractions, None for a class that does not occur."""
     if scores is None:
         return {}
     iou = {
@@ -166,7 +166,7 @@ def write_results(results: dict[str, Any], run_dir: Path) -> None:
 
 
 def count_parameters(student: Network, criterion: Criterion) -> dict[str, int]:
-    """Parameters of the deployed student, and of what is trained around it."""
+    """Count the parameters of the student and of the modules that are trained with it."""
     return {
         "student": sum(p.numel() for p in student.parameters()),
         "training_modules": sum(p.numel() for p in criterion.parameters()),
@@ -174,7 +174,7 @@ def count_parameters(student: Network, criterion: Criterion) -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Versions of Python and of the libraries that results depend on."""
     modules = {
         "transkd": transkd,
         "torch": torch,

@@ -13,19 +13,20 @@ from omegaconf import DictConfig
 from transkd.arguments import check_arguments
 from transkd.cli import save_resolved
 from transkd.data import SegmentationDataModule
-from transkd.errors import UserError
 from transkd.metrics import Scores
-from transkd.models import FrozenTeacher, Network, add_lora, merge_lora, save_segmenter, start_from_teacher
+from transkd.models import FrozenTeacher, Network, add_lora, inherit, merge_lora, save_segmenter
+from transkd.models.inherit.copying import take_normalisation
 from transkd.models.storage.lineage import as_teacher, merge_lineage
-from transkd.report import log_sizes, report_run
-from transkd.settings import StudentSettings, TrainSettings
+from transkd.report import describe_scores, log_sizes, report_run
+from transkd.settings import TrainSettings
 from transkd.training import build, teaching
 from transkd.training.build import Parts
+from transkd.training.calibration import calibration_images
 from transkd.training.device import Device
 from transkd.training.distiller import Distiller
 from transkd.training.fitting import find_checkpoint, fit
 from transkd.training.process import prepare_process
-from transkd.training.rehearsal import check_schedules, rehearse
+from transkd.training.rehearsal import check_schedules, rehearse, weigh
 from transkd.training.scoring import score
 
 __all__ = ["run"]
@@ -46,13 +47,21 @@ def run(cfg: DictConfig) -> None:
 
     parts = build_parts(cfg, settings, device)
     data, student, teacher, criterion = parts
-    rehearse(student, teacher, criterion, data)
+    rehearse(student, teacher if criterion.ever_needs else None, criterion, data)
     notes: dict[str, Any] = {"experiment": settings.name, "eval_transform": serialise(data.eval_transform)}
-    teacher_scores = None
+    teacher_scores, frozen, start = None, None, None
     if teacher is not None:
         about, teacher_scores = prepare_teacher(cfg, settings, teacher, data, device)
         notes |= about
-    frozen = start_student(settings.student, parts)
+        if settings.student.from_teacher:
+            start = start_student(cfg, settings, parts, device, resumed=ckpt_path is not None)
+        if criterion.ever_needs:
+            frozen = freeze_teacher(settings, parts, device)
+        student.lineage = merge_lineage(student.lineage, as_teacher(teacher.lineage))
+    weigh(student, frozen, criterion, data)
+    lora = settings.student.lora
+    if lora.rank is not None:
+        add_lora(student, lora.rank, lora.train, lora.keep_drop_path)
 
     looks_back = bool(settings.gradients_every or criterion.shares)
     device.compile(student, teacher, *criterion.terms.values(), keep_graph=looks_back)
@@ -77,6 +86,7 @@ def run(cfg: DictConfig) -> None:
             "steps": trainer.global_step,
             "minutes": round((time.time() - started) / 60, 2),
             "resumed_from": ckpt_path,
+            "start": start,
         }
         both = {"teacher": teacher_scores, "student": scores}
         report_run(Path(settings.run_dir), parts, both, facts, notes, settings.pictures)
@@ -96,22 +106,48 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
     data.dataset("train"), data.dataset("val")  # a mistake in the data shows here
     log_sizes(student, criterion, settings.student.lora)
     check_schedules(criterion, data, settings.trainer.max_epochs, settings.trainer.accumulate_grad_batches)
-    if settings.student.from_teacher and teacher is None:
-        raise UserError("student.from_teacher=true, but no term reads a teacher; choose one with distill=…")
-    return Parts(data, student, teacher if criterion.ever_needs else None, criterion)
+    return Parts(data, student, teacher, criterion)
 
 
-def start_student(settings: StudentSettings, parts: Parts) -> FrozenTeacher | None:
-    """Give the student its first weights where they come from the teacher; gives the frozen teacher."""
-    student, teacher = parts.student, parts.teacher
-    frozen = None
-    if teacher is not None:
-        frozen = FrozenTeacher(teacher, parts.criterion.ever_needs)
-        if settings.from_teacher:
-            start_from_teacher(student, teacher)
-        student.lineage = merge_lineage(student.lineage, as_teacher(teacher.lineage))
-    if settings.lora.rank is not None:
-        add_lora(student, settings.lora.rank, settings.lora.train, settings.lora.keep_drop_path)
+def start_student(
+    cfg: DictConfig, settings: TrainSettings, parts: Parts, device: Device, resumed: bool
+) -> dict[str, Any] | None:
+    """Give the student its first weights from the teacher, and score it before any step; gives what results.json holds.
+
+    A resumed run takes its weights from the checkpoint, and the teacher's normalisation alone.
+    """
+    data, student, teacher, _ = parts
+    assert teacher is not None
+    if resumed:
+        take_normalisation(student, teacher)
+        return None
+    how = "best" if settings.student.from_teacher is True else str(settings.student.from_teacher)
+    solve = settings.student.solve
+    images = calibration_images(data, solve.images, solve.folder, settings.seed)
+    teacher.to(device.local)
+    report = inherit(teacher, student, images, how, seed=settings.seed, progress=settings.trainer.enable_progress_bar)
+    teacher.cpu()  # Lightning moves it again
+    log.info("student: %s", report.summary())
+    if not teaching.can_be_scored(student, data):
+        return report.as_dict()
+    scores = score(student, data, settings.protocol, build.build_side_trainer(cfg), device)
+    log.info("student: mIoU %.2f %% before any step (%s)", 100 * scores.miou, settings.protocol)
+    return {**report.as_dict(), **describe_scores(scores, settings.protocol, data.classes.names)}
+
+
+def freeze_teacher(settings: TrainSettings, parts: Parts, device: Device) -> FrozenTeacher:
+    """The teacher as the terms read it."""
+    assert parts.teacher is not None
+    frozen = FrozenTeacher(parts.teacher, parts.criterion.ever_needs, cast_once=device.compile_mode is None)
+    parts.teacher.to(device.local)
+    images = calibration_images(parts.data, settings.student.solve.images, seed=settings.seed, device=device.local)
+    scales = frozen.standardise(images, settings.teacher.standardise)
+    parts.teacher.cpu()
+    if scales:
+        log.info(
+            "teacher: features are standardised per channel; their standard deviations were %s (teacher.standardise)",
+            ", ".join(f"{scale:.2g}" for scale in scales),
+        )
     return frozen
 
 

@@ -163,6 +163,7 @@ class TrainerSettings(Settings):
     gradient_clip_val: NonNegative | None = None
     log_every_n_steps: Count | None = 10
     accelerator: str = "auto"
+    enable_progress_bar: bool = True
 
 
 class ProcessSettings(Settings):

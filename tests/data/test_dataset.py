@@ -113,7 +113,7 @@ def test_values_outside_the_classes_are_listed(write):
 )
 def test_a_label_must_be_single_channel_bytes(write, label):
     dataset = write(label=label)
-    message = refused(dataset, "a label is a single-channel 8-bit image of class ids, got")
+    message = refused(dataset, "a label must be a single-channel 8-bit image of class ids, got")
     assert str(dataset.pairs[0].label) in message
 
 
@@ -130,14 +130,14 @@ def test_a_truncated_image_is_named(write, suffix, share):
     dataset = write(suffix=suffix)
     path = dataset.pairs[0].image
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    assert str(path) in refused(dataset, "damaged, truncated or no image")
+    assert str(path) in refused(dataset, "damaged, truncated or not an image")
 
 
 def test_a_truncated_label_is_named(write):
     dataset = write()
     path = dataset.pairs[0].label
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert str(path) in refused(dataset, "damaged, truncated or no image")
+    assert str(path) in refused(dataset, "damaged, truncated or not an image")
 
 
 @pytest.mark.parametrize("content", [b"no image\n", b"<html></html>", bytes(100)])

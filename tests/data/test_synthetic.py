@@ -36,6 +36,8 @@ def test_class_sets_are_complete():
         "cityscapes": 19,
         "camvid": 11,
         "voc": 21,
+        "nyuv2": 40,
+        "nyuv2_39": 39,
     }
     for classes in CLASS_SETS.values():
         assert len(set(classes.names)) == len(set(classes.palette)) == len(classes.names)

@@ -80,9 +80,9 @@ def test_errors():
     for p in (0.5, 0, -2, float("nan"), float("inf")):
         with pytest.raises(UserError, match="power p must be a number of at least 1"):
             ATLoss(p=p)
-    with pytest.raises(UserError, match="stages must be different numbers from 1 on"):
+    with pytest.raises(UserError, match="stages must be distinct numbers from 1"):
         ATLoss(stages=(0,))
-    with pytest.raises(UserError, match="reads stage 5, but the student shows 4 stages"):
+    with pytest.raises(UserError, match="reads stage 5, but the student returns 4 stages"):
         ATLoss(stages=(5,))(student, teacher)
     with pytest.raises(UserError, match="no teacher"):
         ATLoss()(student, None)

@@ -119,5 +119,5 @@ def test_errors():
     for pool in (0, 1.5, "best", None):
         with pytest.raises(UserError, match="pool, where it is not 'auto', must be a whole number of at least 1"):
             CIRKDMiniBatchLoss(pool=pool)
-    with pytest.raises(UserError, match="reads stage 5, but the student shows 4"):
+    with pytest.raises(UserError, match="reads stage 5, but the student returns 4"):
         CIRKDMiniBatchLoss(stages=(5,))(*make_pair())

@@ -10,8 +10,9 @@ from drawn import CLASSES, STUDENT, TEACHER, gradients, make_pair
 from largest import Largest
 
 from transkd.errors import UserError
-from transkd.losses.cirkd_memory import CIRKDMemoryLoss, ClassQueue, contrast_kl, pixel_keys, region_keys
+from transkd.losses.cirkd_memory import CIRKDMemoryLoss, contrast_kl
 from transkd.losses.shared.grids import labels_on_grid
+from transkd.losses.shared.memory import ClassQueue, pixel_keys, region_keys
 from transkd.losses.shared.pieces import BUDGET
 from transkd.outputs import SegmentationOutput
 

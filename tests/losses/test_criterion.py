@@ -100,7 +100,7 @@ def test_nothing_to_compute_is_said_when_called():
             {"term": Constant(1), "weight": 1.0, "schedule": 0.5},
             "must be a transkd.losses.Schedule; got float",
         ),
-        ({"term": Constant(1), "weight": "auto(0)"}, "auto\\(s\\) wants s above 0.*got 'auto\\(0\\)'"),
+        ({"term": Constant(1), "weight": "auto(0)"}, "auto\\(s\\) requires s > 0.*got 'auto\\(0\\)'"),
         ({"term": Constant(1), "weight": "auto(x)"}, "got 'auto\\(x\\)'"),
         ({"term": Constant(1), "weight": "auto(-1)"}, "got 'auto\\(-1\\)'"),
         (Constant(1), "unknown 'Constant\\(\\)', missing 'term', missing 'weight'"),
@@ -155,7 +155,7 @@ def test_an_output_that_lacks_what_is_read(called, term, kind, who):
         term(**CHANNELS),
         outputs["student"],
         outputs["teacher"],
-        f"compares {kind}, but the {who} shows none: choose",
+        f"compares {kind}, but the {who} returns none: choose",
     )
 
 
@@ -167,7 +167,7 @@ def test_no_teacher(called, term, kind):
 @pytest.mark.parametrize(("term", "kind"), STAGEWISE)
 def test_unequal_numbers_of_stages(called, term, kind):
     student, teacher, _ = make_pair(teacher=TEACHER[:3])
-    called(term(**CHANNELS), student, teacher, f"student shows 4 stages of {kind}, the teacher 3")
+    called(term(**CHANNELS), student, teacher, f"student returns 4 stages of {kind}, the teacher 3")
 
 
 @pytest.mark.parametrize(("term", "kind"), STAGEWISE)
@@ -187,7 +187,7 @@ def test_unpaired_channels_are_named_when_built(term, kind):
 
 def test_a_term_of_the_users_own_is_checked_too():
     student, teacher, _ = make_pair()
-    with pytest.raises(UserError, match="Term 'kd': Constant compares logits, but the teacher shows none"):
+    with pytest.raises(UserError, match="Term 'kd': Constant compares logits, but the teacher returns none"):
         criterion(kd=(Constant(1, {"logits"}), 1.0))(student, teacher._replace(logits=None))
 
 
@@ -298,7 +298,7 @@ def test_a_term_that_never_has_a_gradient_is_named_once(caplog):
     for step in range(25):
         held(*outputs(weight), parameters=[weight])
         assert len(caplog.messages) == (step >= 9)
-    assert "in 10 steps, so all of them are 0: the student learns nothing from kd." in caplog.text
+    assert "in 10 steps, so all of them are 0: the gradient on the student is zero or not finite for kd." in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from drawn import STUDENT, TEACHER, make_output, make_pair, redrawn
 from layouts import MixedLayouts
 
 from transkd.errors import UserError
-from transkd.losses import CSFLoss, csf, hierarchical_context
+from transkd.losses import CSFLoss, hierarchical_context
+from transkd.losses.shared.distances import position_mean
 
 CHANNELS = {"student_channels": STUDENT, "teacher_channels": TEACHER}
 
@@ -31,19 +32,19 @@ def test_batch_of_one_squeezes_with_running_statistics():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_mean_over_positions_holds_what_a_sum_would_not(dtype):
     maps = torch.full((2, 3, 256, 512), 4.0, dtype=dtype)  # their sum is 524288, a half ends at 65504
-    pooled = csf._position_mean(maps)
+    pooled = position_mean(maps)
     assert pooled.dtype == dtype
     assert torch.equal(pooled, torch.full((2, 3, 1, 1), 4.0, dtype=dtype))
 
 
 def test_all_gradients_are_laid_out_as_the_maps_are():
-    def channels_last(output, learns):
-        maps = [f.detach().to(memory_format=torch.channels_last).requires_grad_(learns) for f in output.features]
+    def channels_last(output, requires_grad):
+        maps = [f.detach().to(memory_format=torch.channels_last).requires_grad_(requires_grad) for f in output.features]
         return output._replace(features=tuple(maps))
 
     student, teacher, _ = make_pair()
     term = CSFLoss(**CHANNELS, mid_channels=16).to(memory_format=torch.channels_last)
-    value = term(channels_last(student, learns=True), channels_last(teacher, learns=False))
+    value = term(channels_last(student, requires_grad=True), channels_last(teacher, requires_grad=False))
     with MixedLayouts() as mixed:
         value.backward()
     assert not mixed.found

@@ -248,15 +248,15 @@ def test_errors_of_features():
         CWDFeatureLoss(**CHANNELS, adapter="linear")
     with pytest.raises(UserError, match=r"at stage 4 the student has 32 channels, the teacher 40\. Set adapter"):
         CWDFeatureLoss(**CHANNELS, adapter=None)
-    with pytest.raises(UserError, match=r"the networks have 4 stages; got stages=\[3, 5\]"):
+    with pytest.raises(UserError, match=r"stages must be from 1 to 4; got \[3, 5\]"):
         CWDFeatureLoss(**CHANNELS, stages=(3, 5))
-    with pytest.raises(UserError, match="stages must be different numbers from 1 on"):
+    with pytest.raises(UserError, match="stages must be distinct numbers from 1"):
         CWDFeatureLoss(**CHANNELS, stages=())
     with pytest.raises(UserError, match="got 2 student_channels"):
         CWDFeatureLoss((8, 16), (12,))
     with pytest.raises(UserError, match=r"student_channels=.* but the student's features have"):
         CWDFeatureLoss(**CHANNELS)(teacher, teacher)
-    with pytest.raises(UserError, match="the teacher shows none"):
+    with pytest.raises(UserError, match="the teacher returns none"):
         CWDFeatureLoss(**CHANNELS)(student, teacher._replace(features=()))
 
 

@@ -194,5 +194,5 @@ def test_errors():
         DKDLoss()(mine, output(torch.zeros(2, 4, 16, 24)), target)
     with pytest.raises(UserError, match="single class"):
         DKDLoss()(*[output(torch.zeros(2, 1, 16, 24))] * 2, target)
-    with pytest.raises(UserError, match="student shows none"):
+    with pytest.raises(UserError, match="student returns none"):
         DKDLoss()(mine._replace(logits=None), other, target)

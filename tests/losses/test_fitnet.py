@@ -93,9 +93,9 @@ def test_errors():
         FitNetLoss(**CHANNELS, adapter=None)
     with pytest.raises(UserError, match=r"grid must be one of .*'pixels'"):
         FitNetLoss(**CHANNELS, grid="pixels")
-    with pytest.raises(UserError, match=r"the networks have 4 stages; got stages=\[5\]"):
+    with pytest.raises(UserError, match=r"stages must be from 1 to 4; got \[5\]"):
         FitNetLoss(**CHANNELS, stages=(5,))
-    with pytest.raises(UserError, match="stages must be different numbers from 1 on"):
+    with pytest.raises(UserError, match="stages must be distinct numbers from 1"):
         FitNetLoss(**CHANNELS, stages=(4, 4))
     with pytest.raises(UserError, match="target=labels"):
         FitNetLoss(**CHANNELS, grid="labels")(student, teacher)

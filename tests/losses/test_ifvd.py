@@ -8,7 +8,8 @@ from drawn import CLASSES, gradients, make_pair
 from largest import Largest
 
 from transkd.errors import UserError
-from transkd.losses.ifvd import IFVDLoss, class_members, prototype_similarity
+from transkd.losses.ifvd import IFVDLoss, prototype_similarity
+from transkd.losses.shared.grids import class_members
 from transkd.outputs import SegmentationOutput
 
 
@@ -126,5 +127,5 @@ def test_errors():
         IFVDLoss(0)
     with pytest.raises(UserError, match="target=labels"):
         IFVDLoss(5)(*make_pair()[:2])
-    with pytest.raises(UserError, match="reads stage 5, but the student shows 4"):
+    with pytest.raises(UserError, match="reads stage 5, but the student returns 4"):
         IFVDLoss(5, stages=(5,))(*make_pair())

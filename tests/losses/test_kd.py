@@ -126,7 +126,7 @@ def test_errors():
             KDLoss(temperature)
     with pytest.raises(UserError, match=r"grid must be one of .*'pixels'"):
         KDLoss(grid="pixels")
-    with pytest.raises(UserError, match="with a single class"):
+    with pytest.raises(UserError, match="have a single class"):
         KDLoss()(output(torch.zeros(1, 1, 2, 2)), output(torch.zeros(1, 1, 2, 2)))
     with pytest.raises(UserError, match="student has 5 classes, the teacher 4"):
         KDLoss()(student, output(torch.zeros(2, 4, 16, 24)))
@@ -135,5 +135,5 @@ def test_errors():
             term(student, teacher)
     with pytest.raises(UserError, match="no teacher"):
         KDLoss()(student, None)
-    with pytest.raises(UserError, match="the teacher shows none"):
+    with pytest.raises(UserError, match="the teacher returns none"):
         KDLoss()(student, teacher._replace(logits=None))

@@ -137,10 +137,10 @@ def test_tokens_that_cannot_be_paired(part):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stages": ()}, "stages must be different numbers"),
-        ({"stages": (1, 1)}, "stages must be different numbers"),
-        ({"intra_weight": -1}, "intra_weight must be a number from 0 on; got -1"),
-        ({"random_weight": math.inf}, "random_weight must be a number from 0 on; got inf"),
+        ({"stages": ()}, "stages must be distinct numbers"),
+        ({"stages": (1, 1)}, "stages must be distinct numbers"),
+        ({"intra_weight": -1}, "intra_weight must be a number of at least 0; got -1"),
+        ({"random_weight": math.inf}, "random_weight must be a number of at least 0; got inf"),
         ({"intra_weight": 0, "inter_weight": 0, "random_weight": 0}, "no part to compute"),
         ({"samples": 0}, "samples must be"),
     ],
@@ -153,7 +153,7 @@ def test_bad_settings(settings, message):
 
 def test_stages_that_are_not_there():
     student, teacher, _ = make_pair()
-    with pytest.raises(UserError, match="reads stage 5, but the student shows 4"):
+    with pytest.raises(UserError, match="reads stage 5, but the student returns 4"):
         ManifoldLoss(stages=(5,))(student, teacher)
     with pytest.raises(UserError, match="2 images from the student and 3"):
         ManifoldLoss()(student, make_output(TEACHER, batch=3))

@@ -160,7 +160,7 @@ def test_errors():
         MGDLoss(**CHANNELS, alpha=0)
     with pytest.raises(UserError, match=r"stages must be from 1 to 4.* got \[5\]"):
         MGDLoss(**CHANNELS, stages=(5,))
-    with pytest.raises(UserError, match="stages must be different numbers"):
+    with pytest.raises(UserError, match="stages must be distinct numbers"):
         MGDLoss(**CHANNELS, stages=())
     with pytest.raises(UserError, match=r"student_channels=\(8, 16, 24, 32\), but the student's features have"):
         MGDLoss(**CHANNELS)(make_output(TEACHER), make_output(TEACHER))

@@ -115,7 +115,7 @@ def test_errors():
     for fraction in (0, 1.5, float("nan")):
         with pytest.raises(UserError, match="pool_fraction must be greater than 0 and at most 1"):
             SKDPairwiseLoss(pool_fraction=fraction)
-    with pytest.raises(UserError, match="stages must be different numbers"):
+    with pytest.raises(UserError, match="stages must be distinct numbers"):
         SKDPairwiseLoss(stages=())
-    with pytest.raises(UserError, match="reads stage 5, but the student shows 4"):
+    with pytest.raises(UserError, match="reads stage 5, but the student returns 4"):
         SKDPairwiseLoss(stages=(5,))(*make_pair())

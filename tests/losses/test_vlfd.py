@@ -244,7 +244,7 @@ def test_without_a_pool_it_says_once_that_it_is_not_all(caplog):
         for _ in range(2):
             term(*make_pair())
     assert len(caplog.messages) == 1
-    assert "not the whole VLFD" in caplog.messages[0]
+    assert "not the complete VLFD" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(
@@ -257,10 +257,10 @@ def test_without_a_pool_it_says_once_that_it_is_not_all(caplog):
         ({"grid": (0, 3)}, r"grid must be 'teacher' or 'student', or a height and a width.*got \[0, 3\]"),
         ({"grid": (3,)}, r"got \[3\]"),
         ({"student_branch": "both"}, "student_branch must be one of 'pool', 'mean_proj'"),
-        ({"graph_weight": -1.0}, "graph_weight must be a number from 0 on; got -1.0"),
-        ({"global_weight": math.nan}, "global_weight must be a number from 0 on; got nan"),
+        ({"graph_weight": -1.0}, "graph_weight must be a number of at least 0; got -1.0"),
+        ({"global_weight": math.nan}, "global_weight must be a number of at least 0; got nan"),
         ({"global_weight": 0, "graph_weight": 0}, "no part to compute.*language=PATH"),
-        ({"teacher_channels": (12, 20, 28, 1)}, "channels less 1, and the teacher has one: graph_weight=0"),
+        ({"teacher_channels": (12, 20, 28, 1)}, "channels − 1, and the teacher has one channel: set graph_weight=0"),
         ({"teacher_channels": (12, 20)}, "same number of stages"),
         ({"language": "nowhere.pt"}, "weights file not found: nowhere.pt"),
     ],
@@ -282,7 +282,7 @@ def changed(**tensors):
         ({f"{side}.{k}": v for side in "ab" for k, v in pool_weights().items()}, 4, "found 2"),
         (pool_weights(channels=8), 4, "reads 8 channels, the teacher's stage has 40"),
         (pool_weights(), 7, "pool_heads must divide the pool's 40 channels; got 7"),
-        (changed(positional_embedding=torch.zeros(8, 40)), 4, "square grid and one token more; it has 8 rows"),
+        (changed(positional_embedding=torch.zeros(8, 40)), 4, "1 . g² rows, for a square grid; it has 8 rows"),
         (changed(positional_embedding=torch.zeros(1, 40)), 4, "it has 1 rows"),
     ],
     ids=["none", "two", "width", "heads", "not square", "no grid"],

@@ -88,13 +88,13 @@ def test_errors():
     with pytest.raises(UserError, match="stage 4 has 32 channels in the student and 40 in the teacher") as caught:
         WeCoLoRALoss()(student, teacher)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="reads stage 5, but the student shows 4"):
+    with pytest.raises(UserError, match="reads stage 5, but the student returns 4"):
         WeCoLoRALoss(stages=(5,))(student, teacher)
     with pytest.raises(UserError, match="2 images from the student and 3"):
         WeCoLoRALoss()(student, make_output(TEACHER[:3] + STUDENT[3:], batch=3))
     with pytest.raises(UserError, match="distance must be one of 'mae', 'mae_kl'; got 'mse'"):
         WeCoLoRALoss(distance="mse")
-    with pytest.raises(UserError, match="stages must be different numbers"):
+    with pytest.raises(UserError, match="stages must be distinct numbers"):
         WeCoLoRALoss(stages=())
     for depth, ratio in ((0, 2), (4, 0)):
         with pytest.raises(UserError, match=f"of 1 or more; got {depth} and {ratio}"):

@@ -287,7 +287,7 @@ def test_a_network_of_one_size_names_it():
     from timm.models.vision_transformer import VisionTransformer
 
     vit = VisionTransformer(img_size=(32, 64), embed_dim=12, depth=1, num_heads=2, class_token=False, global_pool="avg")
-    message = r"VisionTransformer does not take the probe, an image of 64 x 96: Input height.*; .*probe=\(H, W\)"
+    message = r"VisionTransformer fails on the probe, an image of 64 x 96: Input height.*; .*probe=\(H, W\)"
     with pytest.raises(UserError, match=message) as caught:
         Tapped(vit, ["blocks.0"])
     assert isinstance(caught.value.__cause__, AssertionError)
@@ -358,7 +358,7 @@ def test_a_tap_that_stops_firing():
 )
 def test_a_layout_that_fits_no_rule(give, what):
     fails(
-        rf"tap 'tap' gives a tensor of {re.escape(what)} for an image of 64 x 96, .*class token.*probe=\(H, W\)",
+        rf"tap 'tap' returns a tensor of {re.escape(what)} for an image of 64 x 96, .*class token.*probe=\(H, W\)",
         Gives(give),
     )
 
@@ -371,11 +371,11 @@ def test_a_layout_that_fits_two_rules():
 
 def test_what_is_no_tensor():
     module = nn.Sequential(OrderedDict(body=Gives(lambda x: x, lambda x: {"a": x})))
-    fails(r"tap 'body' gives a dict, expected a tensor or a tuple .*such as body\.tap", module, ["body"])
+    fails(r"tap 'body' returns a dict, expected a tensor or a tuple .*such as body\.tap", module, ["body"])
 
 
 def test_what_is_changed_in_place():
-    fails(r"what tap 'stages\.0\.1' gives is changed in place .*inplace", net(), ["stages.0.1"])
+    fails(r"output of tap 'stages\.0\.1' is modified in place .*inplace", net(), ["stages.0.1"])
 
 
 def tokens(image):
@@ -404,13 +404,13 @@ def tokens(image):
 def test_a_layout_that_changes(first, later, message):
     tapped = Tapped(Gives(first), ["tap"])
     tapped.module.give = later
-    fails_later(rf"tap 'tap' gives a {message}.*probe=\(H, W\)", tapped, PIXELS[..., :40, :60])
+    fails_later(rf"tap 'tap' returns a {message}.*probe=\(H, W\)", tapped, PIXELS[..., :40, :60])
 
 
 def test_logits_that_come_at_construction_alone():
     module = Gives(lambda x: x)
     module.own = lambda x: (x, x) if module.training else x
-    fails_later(r"Gives gave a tuple, expected logits \[B, 3, h, w\] .*logits=", Tapped(module, ["tap"]))
+    fails_later(r"Gives returned a tuple, expected logits \[B, 3, h, w\] .*logits=", Tapped(module, ["tap"]))
     assert Tapped(module, ["tap"])(PIXELS, needs={"features"}).logits is None
 
 

@@ -24,7 +24,7 @@ def test_rows_without_latency(tmp_path):
     model_table.main(["--names", "segformer_b0", "resnet50", "--no-latency", "--output", str(page)])
     header, _, *rows = rows_of(page.read_text(encoding="utf-8"))
     assert header == ["network", "head", "parameters M", "GFLOP reference", "GFLOP", "strides", "embeddings"]
-    # B0: 35.5 GFLOP unfolded and 18.4 folded were counted on the authors' implementation; 18.3 with BatchNorm folded
+    # B0: 35.5 GFLOP reference and 18.4 folded were counted on the authors' implementation; 18.3 with BatchNorm folded
     assert rows == [
         ["segformer_b0", "segformer", "3.72", "35.5", "18.3", "4 8 16 32", "yes"],
         ["resnet50", "fpn", "28.48", "–", "176.1", "4 8 16 32", "–"],
@@ -40,7 +40,7 @@ def test_counted_on_meta_is_counted_for_real():
         alternatives = forward.build_alternatives(network, ["unfolded"])
         gflop = {name: measure.count_gflop(lambda logits=logits: logits(image)) for name, _, logits in alternatives}
     assert counted.gflop == gflop["fused"]
-    assert counted.gflop_drawn_out == gflop["unfolded"]
+    assert counted.gflop_reference == gflop["unfolded"]
     assert counted.parameters == sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -48,7 +48,7 @@ def test_deeplab_keeps_stride_16():
     counted = model_table.count("deeplabv3plus_resnet101", (64, 96))
     assert counted.strides == (4, 8, 16, 16)
     assert not counted.embeddings
-    assert counted.gflop_drawn_out is None
+    assert counted.gflop_reference is None
 
 
 def test_latency_columns(tmp_path):

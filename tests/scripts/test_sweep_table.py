@@ -139,7 +139,7 @@ def test_no_jobs_no_folder_no_results_unknown_setting(tmp_path, sweep):
     (tmp_path / "empty").mkdir()
     assert_one_line_error(table(tmp_path / "empty"), "no jobs in")
     assert_one_line_error(table(tmp_path / "absent"), "no such folder")
-    assert_one_line_error(table(sweep, "--group", "distil"), "no job sets it; there are: distill, seed, experiment")
+    assert_one_line_error(table(sweep, "--group", "distil"), "no job sets it; available: distill, seed, experiment")
     add_job(tmp_path / "failed", 0, ["seed=0"])
     run = table(tmp_path / "failed")
     assert run.returncode != 0

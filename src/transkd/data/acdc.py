@@ -16,15 +16,15 @@ LAYOUT = (
 
 
 def find_acdc(root: str | Path, split: str, conditions: Sequence[str] = CONDITIONS) -> list[Pair]:
-    """Images and labels of one official split, as ``rgb_anon_trainvaltest.zip`` and ``gt_trainval.zip`` unpack.
+    """Find images and labels of a split, in the layout of ``rgb_anon_trainvaltest.zip`` and ``gt_trainval.zip``.
 
     Args:
         root: folder that holds ``rgb_anon/`` and ``gt/``.
         split: "train" (1600 images) or "val" (406).
-        conditions: which of fog, night, rain and snow.
+        conditions: any of fog, night, rain and snow.
 
     Raises:
-        UserError: a folder without that layout, or files without a partner.
+        UserError: the folder does not have that layout, or an image or label has no counterpart.
     """
     root = Path(root)
     images: dict[str, Path] = {}
@@ -40,6 +40,6 @@ def find_acdc(root: str | Path, split: str, conditions: Sequence[str] = CONDITIO
     if not images and not labels:
         raise UserError(
             f"no ACDC images under data.root={root}: expected {LAYOUT}. "
-            "Get the set from acdc.vision.ee.ethz.ch, or try +experiment=demo, which draws its own data"
+            "Get the data set from acdc.vision.ee.ethz.ch, or try +experiment=demo, which generates its data"
         )
     return pair_by_name(images, labels)

@@ -1,15 +1,14 @@
-"""The names and colours of the driving-scene label sets."""
+"""Class names and colours of the label sets."""
 
 from typing import NamedTuple
 
-__all__ = ["CAMVID", "CITYSCAPES", "CLASS_SETS", "VOC", "ClassSet"]
+__all__ = ["CAMVID", "CITYSCAPES", "CLASS_SETS", "NYUV2", "NYUV2_39", "VOC", "ClassSet"]
 
 
 class ClassSet(NamedTuple):
     """The classes of a label set, in the order of their train ids.
 
-    Pixels that belong to no class carry the label 255; no loss and no score reads them, and pictures draw
-    them black.
+    Pixels without a class have the label 255: losses and scores ignore them, pictures show them in black.
 
     Attributes:
         names: one name per train id.
@@ -68,7 +67,7 @@ CITYSCAPES = ClassSet(
         (119, 11, 32),
     ),
 )
-"""The 19 classes of Cityscapes and ACDC; label 255 is ignored and drawn black."""
+"""The 19 classes of Cityscapes and ACDC."""
 
 CAMVID = ClassSet(
     names=(
@@ -98,7 +97,7 @@ CAMVID = ClassSet(
         (0, 128, 192),
     ),
 )
-"""The 11 classes of CamVid as SegNet's tutorial groups them; label 255 is ignored and drawn black."""
+"""The 11 classes of CamVid as grouped by the SegNet tutorial."""
 
 VOC = ClassSet(
     names=(
@@ -148,8 +147,107 @@ VOC = ClassSet(
         (0, 64, 128),
     ),
 )
-"""The 21 classes of Pascal VOC 2012. Its own colours, but for the background: black is for ignored pixels here, and
-the background has the colour that VOC draws those in."""
+"""The 21 classes of Pascal VOC 2012, with its colours except for the background.
 
-CLASS_SETS = {"cityscapes": CITYSCAPES, "camvid": CAMVID, "voc": VOC}
-"""The label sets by the name that configurations use."""
+Pictures show ignored pixels in black, so the background has the colour that VOC uses for ignored pixels.
+"""
+
+NYUV2 = ClassSet(
+    names=(
+        "wall",
+        "floor",
+        "cabinet",
+        "bed",
+        "chair",
+        "sofa",
+        "table",
+        "door",
+        "window",
+        "bookshelf",
+        "picture",
+        "counter",
+        "blinds",
+        "desk",
+        "shelves",
+        "curtain",
+        "dresser",
+        "pillow",
+        "mirror",
+        "floor mat",
+        "clothes",
+        "ceiling",
+        "books",
+        "refrigerator",
+        "television",
+        "paper",
+        "towel",
+        "shower curtain",
+        "box",
+        "whiteboard",
+        "person",
+        "night stand",
+        "toilet",
+        "sink",
+        "lamp",
+        "bathtub",
+        "bag",
+        "otherstructure",
+        "otherfurniture",
+        "otherprop",
+    ),
+    palette=(
+        (174, 199, 232),
+        (152, 223, 138),
+        (31, 119, 180),
+        (255, 187, 120),
+        (188, 189, 34),
+        (140, 86, 75),
+        (255, 152, 150),
+        (214, 39, 40),
+        (197, 176, 213),
+        (148, 103, 189),
+        (196, 156, 148),
+        (23, 190, 207),
+        (178, 76, 76),
+        (247, 182, 210),
+        (66, 188, 102),
+        (219, 219, 141),
+        (140, 57, 197),
+        (202, 185, 52),
+        (51, 176, 203),
+        (200, 54, 131),
+        (92, 193, 61),
+        (78, 71, 183),
+        (172, 114, 82),
+        (255, 127, 14),
+        (91, 163, 138),
+        (153, 98, 156),
+        (140, 153, 101),
+        (158, 218, 229),
+        (100, 125, 154),
+        (178, 127, 135),
+        (120, 185, 128),
+        (146, 111, 194),
+        (44, 160, 44),
+        (112, 128, 144),
+        (96, 207, 209),
+        (227, 119, 194),
+        (213, 92, 176),
+        (94, 106, 211),
+        (82, 84, 163),
+        (100, 85, 144),
+    ),
+)
+"""The 40 classes of NYU Depth v2 (Gupta et al., CVPR 2013), in the usual NYU40 colours."""
+
+NYUV2_39 = ClassSet(NYUV2.names[:39], NYUV2.palette[:39])
+"""NYUV2 without its last class *otherprop*, for label files in which it is ignored."""
+
+CLASS_SETS = {
+    "cityscapes": CITYSCAPES,
+    "camvid": CAMVID,
+    "voc": VOC,
+    "nyuv2": NYUV2,
+    "nyuv2_39": NYUV2_39,
+}
+"""Label sets by the name used in configurations."""

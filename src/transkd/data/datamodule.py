@@ -1,4 +1,4 @@
-"""The data of one run: two splits, their transforms, loaders whose order and augmentation can be repeated exactly."""
+"""Data module of a run: train and validation splits, transforms, reproducible loaders."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,29 +17,29 @@ __all__ = ["SeededSampler", "SegmentationDataModule"]
 
 
 class SeededSampler(DistributedSampler[Any]):
-    """Shuffles by (seed, epoch) and hands each sample the seed of its augmentation.
+    """Shuffle by (seed, epoch) and yield each index with the seed of its augmentation.
 
-    So an epoch's data depends on the seed, the epoch and the rank alone: not on the number of workers, nor on what
-    ran before. A resumed run sees what an undisturbed one would have seen.
+    An epoch's data depends only on the seed, the epoch and the rank, not on the number of workers or the global random
+    state, so a resumed run gets the same data as an uninterrupted one.
     """
 
     def __iter__(self) -> Iterator[Any]:
-        """Pairs of index and augmentation seed."""
+        """Yield pairs of index and augmentation seed."""
         for index in super().__iter__():
             yield index, int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0])
 
 
 def collate(samples: list[Batch]) -> Batch:
-    """Samples to a batch.
+    """Collate samples to a batch.
 
     Raises:
-        UserError: samples of unlike sizes.
+        UserError: the samples differ in size.
     """
     for parts in zip(*(sample[:2] for sample in samples), strict=True):
         if len({part.shape for part in parts}) > 1:
             sizes = "; ".join(f"{sample.name}: {list(sample.image.shape)}" for sample in samples)
             raise UserError(
-                f"images and labels of one batch must be of one size, got {sizes}. Add a Resize or a crop to the "
+                f"images and labels of a batch must have the same size, got {sizes}. Add a Resize or a crop to the "
                 "transforms, or set data.batch_size=1 (data.eval_batch_size=1 for validation)"
             )
     batch: Batch = default_collate(samples)
@@ -51,18 +51,19 @@ class SegmentationDataModule(L.LightningDataModule):
 
     Args:
         find: ``find(root=…, split=…) -> list[Pair]``, for example ``find_acdc``.
-        root: where the data lies.
+        root: folder of the data set.
         classes: a name in ``transkd.data.classes.CLASS_SETS`` or a ``ClassSet``.
-        num_classes: must be the number of those classes; stated so that networks can refer to it.
-        batch_size: training images a step on each device.
-        eval_batch_size: images a validation step; 1 suits images of differing size.
-        num_workers: loading processes.
-        train_transform: Albumentations composition for training images and labels.
-        eval_transform: the same for validation; the label follows it unless the protocol wants it at its own size.
-        protocol: how scores are taken (``transkd.metrics.PROTOCOLS``).
-        seed: of shuffling and augmentation.
-        void: label values to ignore beside 255.
-        prepare: called once before anything is read, as ``prepare(root=…)``; draws the demo's data.
+        num_classes: number of those classes; a separate setting so that networks can refer to it.
+        batch_size: training images per step and device.
+        eval_batch_size: images per validation step; use 1 for images of different sizes.
+        num_workers: worker processes of each loader.
+        train_transform: Albumentations transform for training images and labels.
+        eval_transform: Albumentations transform for validation; applied to labels unless the protocol scores at their
+            original size.
+        protocol: evaluation protocol (``transkd.metrics.PROTOCOLS``).
+        seed: seed of shuffling and augmentation.
+        void: label values to ignore in addition to 255.
+        prepare: called as ``prepare(root=…)`` once before the data set is read; generates the demo's data.
     """
 
     def __init__(
@@ -99,12 +100,12 @@ class SegmentationDataModule(L.LightningDataModule):
         self._next_epoch = 0
 
     def prepare_data(self) -> None:
-        """Draw what is to be drawn; Lightning calls this on one process alone."""
+        """Call ``prepare``; Lightning runs this hook in one process only."""
         if self.prepare is not None:
             self.prepare(root=self.root)
 
     def dataset(self, split: str) -> SegmentationDataset:
-        """The split "train" or "val", its files paired at the first call."""
+        """Return the split "train" or "val"; its files are searched at the first call."""
         if split not in self._splits:
             train = split == "train"
             self._splits[split] = SegmentationDataset(
@@ -117,38 +118,38 @@ class SegmentationDataModule(L.LightningDataModule):
         return self._splits[split]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled, augmented; the last, smaller batch is dropped."""
+        """Return the loader of the shuffled, augmented training split; an incomplete last batch is dropped."""
         dataset = self.dataset("train")
-        world_size, rank = self._place()
+        world_size, rank = self._world_size_and_rank()
         if len(dataset) < self.batch_size * world_size:
             raise UserError(
                 f"data.batch_size={self.batch_size} on {world_size} device(s) is more than the "
                 f"{len(dataset)} training images; lower it"
             )
         sampler = SeededSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed, drop_last=True)
-        sampler.set_epoch(self._next_epoch)  # Lightning sets it too, but only after loading processes ran ahead
+        sampler.set_epoch(self._next_epoch)  # Lightning sets it too, but after workers have prefetched
         return self._loader(dataset, self.batch_size, sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Every image exactly once, over all devices: none is repeated to fill up a rank."""
+        """Return the loader of the validation split: every image exactly once over all devices, without padding."""
         dataset = self.dataset("val")
-        world_size, rank = self._place()
+        world_size, rank = self._world_size_and_rank()
         return self._loader(dataset, self.eval_batch_size, range(rank, len(dataset), world_size), drop_last=False)
 
     def state_dict(self) -> dict[str, int]:
-        """Into a checkpoint: the epoch that a resumed run starts with."""
+        """Return the epoch at which a resumed run continues."""
         assert self.trainer is not None
         return {"next_epoch": self.trainer.current_epoch + int(self.trainer.is_last_batch)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Out of a checkpoint."""
+        """Restore the epoch from a checkpoint."""
         self._next_epoch = state_dict["next_epoch"]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Labels travel as uint8 and become int64 on the device."""
+        """Convert labels to int64 on the device; they are transferred as uint8."""
         return batch._replace(target=batch.target.long()) if isinstance(batch, Batch) else batch
 
-    def _place(self) -> tuple[int, int]:
+    def _world_size_and_rank(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
     def _loader(
@@ -163,5 +164,5 @@ class SegmentationDataModule(L.LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # its own, or each new iterator would move the global one that dropout reads
+            generator=torch.Generator(),  # separate: iterators would advance the global generator that dropout uses
         )

@@ -1,4 +1,4 @@
-"""Image-label pairs on disk as a data set: paired by name, checked when read."""
+"""Data set of image and label files, paired by name and validated when read."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,16 @@ from transkd.data.classes import ClassSet
 from transkd.errors import UserError
 from transkd.outputs import IGNORE
 
-__all__ = ["Batch", "Pair", "SegmentationDataset", "pair_by_name", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "Batch", "Pair", "SegmentationDataset", "is_image", "pair_by_name", "read_image"]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-_UNKNOWN = 254
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Suffixes of image files, in lower case."""
+
+_UNKNOWN = 254  # marks label values outside the classes
 
 
 class Pair(NamedTuple):
-    """Where one image and its label lie."""
+    """Paths of an image and its label."""
 
     image: Path
     label: Path
@@ -34,7 +36,7 @@ class Batch(NamedTuple):
 
     Attributes:
         image: RGB uint8 [B, 3, H, W].
-        target: class ids with 255 = ignore, uint8 [B, H, W] on its way, int64 on the device.
+        target: class ids with 255 = ignore, [B, H, W], uint8 from the loader, int64 on the device.
         name: path of each image, for messages.
     """
 
@@ -43,25 +45,35 @@ class Batch(NamedTuple):
     name: Any
 
 
+def is_image(path: Path) -> bool:
+    """Whether a path has the suffix of an image file, in upper or lower case.
+
+    Example:
+        >>> is_image(Path("street.JPG")), is_image(Path("train.txt"))
+        (True, False)
+    """
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
 def pair_by_name(images: Mapping[str, Path], labels: Mapping[str, Path]) -> list[Pair]:
-    """Pair images and labels by their common key, in the order of the keys; never by position.
+    """Pair images and labels by their common key and sort the pairs by key.
 
     Raises:
-        UserError: an image without a label or a label without an image, each named.
+        UserError: an image has no label or a label no image; the message lists them.
     """
-    alone = [f"image without a label: {images[key]}" for key in sorted(images.keys() - labels.keys())]
-    alone += [f"label without an image: {labels[key]}" for key in sorted(labels.keys() - images.keys())]
-    if alone:
-        more = f"; and {len(alone) - 6} more" if len(alone) > 6 else ""
-        raise UserError(f"images and labels must come in pairs of the same name; {'; '.join(alone[:6])}{more}")
+    unpaired = [f"image without a label: {images[key]}" for key in sorted(images.keys() - labels.keys())]
+    unpaired += [f"label without an image: {labels[key]}" for key in sorted(labels.keys() - images.keys())]
+    if unpaired:
+        more = f"; and {len(unpaired) - 6} more" if len(unpaired) > 6 else ""
+        raise UserError(f"images and labels must come in pairs of the same name; {'; '.join(unpaired[:6])}{more}")
     return [Pair(images[key], labels[key]) for key in sorted(images)]
 
 
 def read_image(path: str | Path, mode: str | None = "RGB") -> npt.NDArray[np.uint8]:
-    """Read an image whole: [H, W, 3] uint8 for "RGB", the stored values for None.
+    """Read an image: [H, W, 3] uint8 for mode "RGB", the stored values for None.
 
     Raises:
-        UserError: missing, truncated or no image at all.
+        UserError: the file is missing, truncated or not an image.
     """
     try:
         with Image.open(path) as image:
@@ -69,20 +81,20 @@ def read_image(path: str | Path, mode: str | None = "RGB") -> npt.NDArray[np.uin
     except FileNotFoundError as error:
         raise UserError(f"image not found: {path}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: damaged, truncated or no image ({error})") from error
+        raise UserError(f"cannot read the image {path}: damaged, truncated or not an image ({error})") from error
 
 
 class SegmentationDataset(Dataset[Batch]):
-    """Images with labels of class ids.
+    """Images with label maps of class ids.
 
     Args:
-        pairs: files, see ``pair_by_name``.
-        classes: names and colours; label values 0 … K-1 belong to them, 255 is ignored.
-        void: further label values to ignore.
-        transform: an Albumentations composition, applied to image and label.
-        transform_labels: False leaves the label at its own size (for scoring at full resolution).
+        pairs: paths of images and labels, see ``pair_by_name``.
+        classes: names and colours of the label values 0 … K-1; 255 is ignored.
+        void: other label values to ignore.
+        transform: Albumentations transform of image and label.
+        transform_labels: False leaves the label at its original size, for scores at full resolution.
 
-    A key is an index, or an index with the seed of its augmentation (``transkd.data.datamodule.SeededSampler``).
+    Keys are an index, or a pair of index and augmentation seed (``transkd.data.datamodule.SeededSampler``).
     """
 
     def __init__(
@@ -106,12 +118,12 @@ class SegmentationDataset(Dataset[Batch]):
         return len(self.pairs)
 
     def read(self, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """Image [H, W, 3] and label [H, W] as they lie on disk, the label's void values mapped to 255."""
+        """Read image [H, W, 3] and label [H, W] at their size on disk, void label values mapped to 255."""
         pair = self.pairs[index]
         image, stored = read_image(pair.image), read_image(pair.label, mode=None)
         if stored.ndim != 2 or stored.dtype != np.uint8:
             raise UserError(
-                f"{pair.label}: a label is a single-channel 8-bit image of class ids, "
+                f"{pair.label}: a label must be a single-channel 8-bit image of class ids, "
                 f"got {stored.dtype} of shape {list(stored.shape)}"
             )
         if stored.shape != image.shape[:2]:
@@ -128,7 +140,7 @@ class SegmentationDataset(Dataset[Batch]):
         return image, label
 
     def __getitem__(self, key: int | tuple[int, int]) -> Batch:
-        """The sample as tensors, transformed."""
+        """Return the transformed sample as tensors."""
         index, seed = key if isinstance(key, tuple) else (key, None)
         image, label = self.read(index)
         if self.transform is not None:
@@ -140,6 +152,6 @@ class SegmentationDataset(Dataset[Batch]):
             else:
                 image = self.transform(image=image)["image"]
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        with warnings.catch_warnings():  # a label read straight from disk may be read-only; nobody writes to it
+        with warnings.catch_warnings():  # labels may be read-only arrays; they are never written to
             warnings.simplefilter("ignore", UserWarning)
             return Batch(pixels, torch.from_numpy(np.ascontiguousarray(label)), str(self.pairs[index].image))

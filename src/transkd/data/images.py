@@ -1,19 +1,18 @@
-"""Images of a folder or a glob, without labels."""
+"""Images of a file, a folder or a glob, without labels."""
 
 from pathlib import Path
 
+from transkd.data.dataset import IMAGE_SUFFIXES, is_image
 from transkd.errors import UserError
 
 __all__ = ["find_images"]
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-
 
 def find_images(pattern: str) -> tuple[Path, list[Path]]:
-    """The images of a file, a folder or a glob, and the folder that their output names are relative to.
+    """Find images, and the folder to which the names of their outputs are relative.
 
     Raises:
-        UserError: there is none, or two would write the same output.
+        UserError: there are no images, or two have the same output name.
     """
     path = Path(pattern)
     if path.is_file():
@@ -25,11 +24,11 @@ def find_images(pattern: str) -> tuple[Path, list[Path]]:
         while "*" in str(base):
             base = base.parent
         found = base.glob(str(path.relative_to(base)))
-    images = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
+    images = sorted(file for file in found if is_image(file))
     if not images:
         raise UserError(
             f"no images for input={pattern}: expected an image, a folder or a glob such as 'frames/*.png' "
-            f"({', '.join(sorted(IMAGE_SUFFIXES))})"
+            f"({', '.join(IMAGE_SUFFIXES)})"
         )
     by_output: dict[Path, Path] = {}
     for image in images:

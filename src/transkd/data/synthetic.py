@@ -1,12 +1,11 @@
-"""Drawn, labelled road scenes: a data set for demonstrations and tests that needs no download.
+"""Synthetic labelled road scenes: a data set for demonstrations and tests without a download.
 
-A scene is a street as a car's camera sees it, with all 19 classes of Cityscapes, in fog, at night, in rain
-or in snow. ``write_road_scenes`` lays a set of them out as ACDC does, so that what reads ACDC reads them.
+A scene is a street from the perspective of a car's camera, with all 19 Cityscapes classes, in fog, at night, in rain or
+in snow. ``write_road_scenes`` writes a data set in ACDC's folder layout, so that ``find_acdc`` reads it.
 
-How a scene comes about: ``scene_ground`` plans a street and paints its ground, ``scene_street`` says who and
-what is where, ``scene_vehicles``, ``scene_people`` and ``scene_roadside`` draw one object a function,
-``scene_canvas`` puts their shapes into picture, labels and depth, and ``scene_weather`` turns these into the
-picture that a camera would take.
+The package ``transkd.data.scenes`` draws a scene in these steps: ``ground`` plans the street and draws the ground,
+``street`` places the objects, ``vehicles``, ``people`` and ``roadside`` draw one kind of object per function,
+``canvas`` rasterises their shapes into image, labels and depth, and ``weather`` renders light and weather from these.
 """
 
 import json
@@ -34,21 +33,21 @@ __all__ = ["CONDITIONS", "draw_scene", "write_road_scenes"]
 CONDITIONS = ("fog", "night", "rain", "snow")
 SPLITS = ("train", "val")
 MANIFEST = "drawn.json"
-FORMAT = 1  # raise it whenever the same seed draws other pixels
+FORMAT = 1  # increase it whenever the same seed draws different pixels
 
 
 def draw_scene(rng: np.random.Generator, height: int, width: int, condition: str) -> tuple[Array, Array]:
-    """Draw one street.
+    """Draw a scene.
 
     Args:
-        rng: decides everything about the scene; the same state gives the same bytes.
+        rng: source of all randomness; the same state gives the same pixels.
         height: rows.
         width: columns.
         condition: one of ``CONDITIONS``.
 
     Returns:
-        The picture, uint8 RGB [height, width, 3], and its labels, uint8 [height, width]: train ids of
-        Cityscapes, and 255 on the camera car's own bonnet.
+        The image, uint8 RGB [height, width, 3], and its labels, uint8 [height, width]: Cityscapes train ids, and 255 on
+        the bonnet of the camera's car.
 
     Example:
         >>> image, label = draw_scene(np.random.default_rng(0), 64, 128, "snow")
@@ -69,12 +68,12 @@ def draw_scene(rng: np.random.Generator, height: int, width: int, condition: str
 
 
 def _draw_bonnet(canvas: Canvas, rng: np.random.Generator) -> None:
-    """The front of the camera's own car at the bottom of the picture."""
+    """Draw the bonnet of the camera's car at the bottom of the image."""
     height, width = canvas.label.shape
     middle = (round(width * rng.uniform(0.47, 0.53)), round(height * 1.06))
     axes = (round(width * 0.62), round(height * rng.uniform(0.11, 0.15)))
     color = np.array(pick(rng, [(36, 38, 42), (70, 72, 76), (28, 34, 50)]), float)
-    for ring in range(6):  # lighter towards the windscreen, where the sky is mirrored
+    for ring in range(6):  # lighter towards the windscreen: reflection of the sky
         shrunk = (axes[0], round(axes[1] * (1 - 0.09 * ring)))
         shade = (color * (0.75 + 0.12 * ring)).tolist()
         cv2.ellipse(canvas.image, middle, shrunk, 0, 0, 360, shade, -1, cv2.LINE_AA)
@@ -85,24 +84,24 @@ def _draw_bonnet(canvas: Canvas, rng: np.random.Generator) -> None:
 def write_road_scenes(
     root: str | Path, train: int = 240, val: int = 60, height: int = 192, width: int = 384, seed: int = 0
 ) -> Path:
-    """Draw a data set once, in ACDC's folder layout, spread evenly over the four conditions.
+    """Write a data set in ACDC's folder layout, with the four conditions in equal shares.
 
-    Each picture depends on the seed, its split and its index alone. The set is drawn into a temporary folder
-    beside ``root`` and moved there when complete; a later call with the same settings returns at once.
+    Each image depends only on the seed, its split and its index. The data set is written to a temporary folder next to
+    ``root`` and renamed when complete; later calls with the same settings return immediately.
 
     Args:
-        root: folder of the set; must be new, empty or drawn earlier with the same settings.
-        train: number of training pictures.
-        val: number of validation pictures.
-        height: rows of each picture.
-        width: columns of each picture.
-        seed: which set to draw.
+        root: folder of the data set; must not exist, be empty, or hold a data set written with the same settings.
+        train: number of training images.
+        val: number of validation images.
+        height: rows of each image.
+        width: columns of each image.
+        seed: seed of the data set.
 
     Returns:
         ``root`` as a path.
 
     Raises:
-        UserError: for impossible settings, and where ``root`` holds anything else; nothing is overwritten.
+        UserError: a setting is out of range, or ``root`` holds other files; nothing is overwritten.
 
     Example:
         >>> import tempfile
@@ -153,23 +152,23 @@ def _check_settings(settings: dict[str, int]) -> None:
     smallest = {"format": 1, "train": 0, "val": 0, "height": 32, "width": 32, "seed": 0}
     for name, value in settings.items():
         if value < smallest[name]:
-            raise UserError(f"drawn road scenes need {name} ≥ {smallest[name]}; got {value}")
+            raise UserError(f"road scenes need {name} ≥ {smallest[name]}; got {value}")
 
 
 def _already_drawn(root: Path, settings: dict[str, int]) -> bool:
-    """True for a finished set with these settings, False for a free place; anything else is an error."""
+    """True if root holds a data set with these settings, False if it is empty; otherwise an error."""
     manifest = root / MANIFEST
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     if not manifest.is_file():
         raise UserError(
-            f"{root} holds other files (there is no {MANIFEST} in it), so no road scenes are drawn there. "
+            f"{root} holds other files (it has no {MANIFEST}), so no road scenes are written there. "
             "Choose another folder."
         )
     found = _read_manifest(manifest)
     if found != settings:
         raise UserError(
-            f"{root} was drawn with {_in_words(found)}, but {_in_words(settings)} is asked for. "
+            f"{root} was drawn with {_describe(found)}, but {_describe(settings)} is requested. "
             "Choose another folder or delete that one."
         )
     return True
@@ -182,15 +181,15 @@ def _read_manifest(path: Path) -> Any:
         return {"settings": "unreadable"}
 
 
-def _in_words(settings: Any) -> str:
+def _describe(settings: Any) -> str:
     return ", ".join(f"{name}={value}" for name, value in dict(settings).items())
 
 
 def _move_into_place(scratch: Path, root: Path, settings: dict[str, int]) -> None:
     try:
         if root.exists():
-            root.rmdir()  # empty, as checked; Windows replaces no folder
+            root.rmdir()  # empty, see _already_drawn; os.replace does not replace folders on Windows
         os.replace(scratch, root)
     except OSError:
-        if not _already_drawn(root, settings):  # another process drew the same set meanwhile
+        if not _already_drawn(root, settings):  # another process wrote the same data set meanwhile
             raise

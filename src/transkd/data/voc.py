@@ -1,4 +1,4 @@
-"""Pascal VOC 2012 (Everingham et al., 2010): 20 kinds of objects and background."""
+"""Pascal VOC 2012 (Everingham et al., 2010): 20 object classes and background."""
 
 from pathlib import Path
 
@@ -9,16 +9,16 @@ __all__ = ["find_voc"]
 
 
 def find_voc(root: str | Path, split: str, augmented: bool = True) -> list[Pair]:
-    """Images and labels that ``ImageSets/Segmentation/<split>.txt`` lists, in VOC's own layout.
+    """Find the images and labels listed in ``ImageSets/Segmentation/<split>.txt``, in VOC's layout.
 
     Args:
         root: the folder ``VOC2012`` (in ``VOCdevkit``).
         split: "train" or "val" (1,449 images).
-        augmented: take ``trainaug.txt`` (10,582 images) and ``SegmentationClassAug/`` for training: the labels of
-            Hariharan et al. (SBD, 2011) in VOC's form, which the papers train on.
+        augmented: for training use ``trainaug.txt`` (10,582 images) and ``SegmentationClassAug/``, the labels of
+            Hariharan et al. (SBD, 2011) in VOC's format, as the papers do.
 
     Raises:
-        UserError: a folder without that layout, or a listed file that is not there.
+        UserError: the folder does not have that layout, or a listed file does not exist.
     """
     root = Path(root)
     listed = "trainaug" if augmented and split == "train" else split
@@ -27,8 +27,8 @@ def find_voc(root: str | Path, split: str, augmented: bool = True) -> list[Pair]
     if not index.is_file():
         raise UserError(
             f"no Pascal VOC under data.root={root}: expected ImageSets/Segmentation/{listed}.txt beside JPEGImages/ "
-            f"and {folder}/. Get the set from host.robots.ox.ac.uk/pascal/VOC/voc2012"
-            + ("; without the augmented labels of SBD say data.find.augmented=false" if listed == "trainaug" else "")
+            f"and {folder}/. Get the data set from host.robots.ox.ac.uk/pascal/VOC/voc2012"
+            + ("; without the augmented labels of SBD set data.find.augmented=false" if listed == "trainaug" else "")
         )
     names = index.read_text(encoding="utf-8").split()
     images = {name: path for name in names if (path := root / "JPEGImages" / f"{name}.jpg").is_file()}
@@ -36,7 +36,7 @@ def find_voc(root: str | Path, split: str, augmented: bool = True) -> list[Pair]
     missing = [name for name in names if name not in images and name not in labels]
     if missing or not names:
         raise UserError(
-            f"{index} lists {len(names)} names; neither image nor label is there for "
+            f"{index} lists {len(names)} names; neither image nor label exists for "
             f"{', '.join(missing[:3]) or 'any'}: expected JPEGImages/<name>.jpg and {folder}/<name>.png"
         )
     return pair_by_name(images, labels)

@@ -1,8 +1,8 @@
 """Distillation terms: losses between a student's and a teacher's `SegmentationOutput`.
 
-Needs torch alone. A term is a module called as ``term(student, teacher, target=None)``; it gives a scalar,
-knows no weight, owns what it trains, and names in ``needs`` what it reads of the teacher. `Criterion` holds
-and weighs terms.
+The only dependency is PyTorch. A term is a module called as ``term(student, teacher, target=None)``. It returns an
+unweighted scalar, contains the parameters that it trains, and lists in ``needs`` which teacher outputs it reads.
+`Criterion` weights and sums terms.
 """
 
 from transkd.losses.at import ATLoss

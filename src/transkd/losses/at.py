@@ -1,4 +1,4 @@
-"""Attention transfer: where the features are active."""
+"""Attention transfer: spatial attention maps of the features."""
 
 from collections.abc import Sequence
 
@@ -16,30 +16,30 @@ __all__ = ["ATLoss", "attention_map"]
 
 
 class ATLoss(nn.Module):
-    """Compare where in the image the features are active, whatever their channels mean.
+    """Compare the spatial attention maps of both networks' features.
 
     ``Σ_stages 1 / (B·N) · Σ_b ‖A(f_s) − A(f_t)‖²`` with ``A(f) = a / ‖a‖``, ``a = mean over channels of |f|^p``, a
-    vector over the N positions of an image. No parameters; the channels may differ. Where the sizes differ the larger
-    map is average-pooled to the smaller, height and width by themselves, before the attention is formed.
+    vector over the N positions of an image. No parameters; the channels may differ. Where the sizes differ, both maps
+    are average-pooled to the smaller height and the smaller width before the attention map is computed.
 
-    The value falls as 1 / N, which is why weights are large: CIRKD's 10000 belongs to maps of 64×128 positions,
-    1000 is usual in classification. Scale the weight with N.
+    The value decreases as 1 / N, so weights are large: CIRKD uses 10000 for maps of 64×128 positions, classification
+    usually 1000. Scale the weight with N.
 
-    On maps that come out of a LayerNorm over the channels, as MiT's stages do, every position has about the same mean
-    square, so the attention is nearly flat and there is little to learn from it.
+    After a LayerNorm over the channels, as at the end of MiT's stages, every position has about the same mean square:
+    the attention map is nearly constant and the term gives little supervision.
 
-    Source: Zagoruyko and Komodakis, arXiv 1612.03928, section 3.1. One published code pools to a square of the smaller
-    height, and some leave out the absolute value, which an odd p needs.
+    Source: Zagoruyko and Komodakis, arXiv 1612.03928, section 3.1. One published implementation pools to a
+    square of the smaller height; some omit the absolute value, although an odd p needs it.
 
     Args:
-        stages: which stages to compare, counted from 1; their values are summed.
-        p: the power, at least 1; a larger one counts the strongest channels more.
+        stages: stages to compare, counted from 1; their values are summed.
+        p: exponent, at least 1; larger values give strong channels more influence.
 
     Shapes:
-        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not read.
+        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not used.
 
     Raises:
-        UserError: a power below 1, or stages that do not exist.
+        UserError: p is below 1, or a stage does not exist.
 
     Example:
         >>> def output(*activity):
@@ -59,19 +59,19 @@ class ATLoss(nn.Module):
     def forward(
         self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None
     ) -> Tensor:
-        """Compare the attention of the chosen stages."""
+        """Compare the attention maps of the selected stages."""
         losses = []
         for pair in feature_pairs(self, self.stages, student, teacher):
             height, width = (min(maps.shape[dim] for maps in pair) for dim in (2, 3))
-            mine, other = (attention_map(_pooled(maps, height, width), self.p) for maps in pair)
-            losses.append(mean_squared_error(mine, other))
+            student_map, teacher_map = (attention_map(_pooled(maps, height, width), self.p) for maps in pair)
+            losses.append(mean_squared_error(student_map, teacher_map))
         return torch.stack(losses).sum()
 
 
 def attention_map(features: Tensor, p: float = 2.0) -> Tensor:
-    """Features [B, C, h, w] as one vector of unit length per image [B, h·w]: mean over the channels of |f|^p.
+    """Attention map of features [B, C, h, w], one unit vector per image [B, h·w]: the mean over channels of |f|^p.
 
-    The length is at least 1e-12, so that an image without any activity gives 0.
+    The norm in the denominator is at least 1e-12, so features that are all 0 give 0.
 
     Example:
         >>> attention_map(torch.tensor([3.0**0.5, -2.0]).view(1, 1, 1, 2))
@@ -81,6 +81,6 @@ def attention_map(features: Tensor, p: float = 2.0) -> Tensor:
 
 
 def _pooled(maps: Tensor, height: int, width: int) -> Tensor:
-    if maps.shape[-2:] == (height, width):  # pooling has no deterministic gradient on a GPU; most pairs need none
+    if maps.shape[-2:] == (height, width):  # skip: the gradient of pooling is not deterministic on CUDA
         return widen(maps)
     return F.adaptive_avg_pool2d(widen(maps), (height, width))

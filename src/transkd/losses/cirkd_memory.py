@@ -1,71 +1,80 @@
-"""Cross-image relational distillation, its part against a memory of the data set."""
+"""Cross-image relational distillation: the memory-bank part."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses.ifvd import class_members
-from transkd.losses.shared.checks import check_count, check_positive, paired_channels, require_target, stage_pairs
+from transkd.losses.shared.checks import (
+    check_count,
+    check_positive,
+    check_stage,
+    paired_channels,
+    require_target,
+    stage_pairs,
+)
 from transkd.losses.shared.distances import widen
 from transkd.losses.shared.grids import labels_on_grid, on_grid
+from transkd.losses.shared.memory import ClassQueue, gather_rows, pixel_keys, region_keys
 from transkd.losses.shared.pieces import BUDGET, full_precision, sum_over_rows
 from transkd.outputs import SegmentationOutput
 
-__all__ = ["CIRKDMemoryLoss", "ClassQueue", "contrast_kl", "pixel_keys", "region_keys"]
+__all__ = ["CIRKDMemoryLoss", "contrast_kl"]
 
 
 class CIRKDMemoryLoss(nn.Module):
-    """Compare what positions, and whole regions, of the data set each position is most like.
+    """Compare the similarities of each position to a memory bank of positions and regions of the data set.
 
-    A memory holds for each class unit vectors of the teacher's features: single positions, and means over all positions
-    of a class in an image. Some slots of each class are drawn at each call; with X their vectors as rows, t̂ and ŝ the
-    unit vectors of the teacher's features and of the student's behind a head, over the positions V with a label:
+    For each class the memory bank holds unit vectors of the teacher's features: of single positions, and of regions
+    (means over all positions of a class in an image). Each call samples some slots of each class. With X their vectors
+    as rows, t̂ the unit vectors of the teacher's features, ŝ those of the student's features after a projection head,
+    and V the positions with a label:
 
         L(X) = T² / |V| · Σ_{i ∈ V} KL(softmax(X · t̂_i / (τT)) ‖ softmax(X · ŝ_i / (τT)))
         loss = pixel_weight · L(X_pixel) + region_weight · L(X_region)
 
-    The head is conv1x1, batch normalisation, ReLU, conv1x1, to the teacher's channels, and is dropped after training;
-    `trainer.sync_batchnorm=true` synchronises it. In training each call first writes the teacher's vectors of its
-    batch over the oldest ones, those of all processes, so that all hold the same memory. It starts with random unit
-    vectors, and is saved in checkpoints: K · (pixel_memory + region_memory) · C_t numbers. Slots and positions are
-    drawn from torch's global generator. Maps of other sizes are resized bilinearly to the teacher's, before the head.
-    Each of several processes normalises by its own images (unless synchronised), draws its slots by itself and takes
-    the mean over its own V, so together they differ from one with the joined batch.
+    The head is conv1x1, batch normalisation, ReLU, conv1x1, to the teacher's channels. It is not part of the trained
+    student; `trainer.sync_batchnorm=true` synchronises its statistics. In training mode each call first overwrites the
+    oldest slots with the teacher's vectors of its batch, gathered from all processes, so that every process has the
+    same memory bank. The bank is initialised with random unit vectors and saved in checkpoints: K · (pixel_memory +
+    region_memory) · C_t numbers. Slots and positions are sampled with torch's global generator. Maps of another size
+    are resized bilinearly to the teacher's, before the head. In distributed training each process samples its own
+    slots, averages over its own V and, unless synchronised, normalises with the statistics of its own images, so the
+    value differs from that of one process with the joined batch.
 
     Source: Yang et al., arXiv 2204.06986, its memory-based distillation, pixel-to-pixel and pixel-to-region, with
-    weight 0.1 each; 20000 positions per class in its memory, 2000 for SegFormers. The published code fills the memory
-    of positions with early positions of the image whatever their class, writes over the wrong slots where the memory
-    ends, and gives NaN without a label.
+    weight 0.1 each; 20000 positions per class in its memory, 2000 for SegFormers. The reference implementation fills
+    the memory of positions with the first positions of the image regardless of class, overwrites wrong slots at the end
+    of the memory, and returns NaN without a labelled position.
 
     Args:
-        num_classes: K; a position whose label is 255, negative or at least K is left out.
-        student_channels: channels of each of the student's stages, shallowest first; all of them.
-        teacher_channels: channels of each of the teacher's stages; all of them.
-        stage: the stage to compare, counted from 1. The paper takes the features before the classifier.
-        pixel_weight: of the comparison with positions; 0 leaves it out.
-        region_weight: of the comparison with regions; 0 leaves it out.
-        temperature: τ > 0, of the similarities.
-        kd_temperature: T > 0, of the distillation.
-        pixel_memory: slots for positions, per class.
-        region_memory: slots for regions, per class.
-        pixel_contrast: how many positions to compare with, about: ⌊pixel_contrast / K⌋ + 1 of each class, or all slots.
-        region_contrast: how many regions to compare with, in the same way.
-        pixels_per_image: how many positions of each class an image may write.
+        num_classes: K; a position whose label is 255, negative or at least K is excluded.
+        student_channels: channels of every student stage, shallowest first.
+        teacher_channels: channels of every teacher stage.
+        stage: the stage to compare, counted from 1. The paper uses the features before the classifier.
+        pixel_weight: weight of the comparison with positions; 0 disables it.
+        region_weight: weight of the comparison with regions; 0 disables it.
+        temperature: τ > 0 of the similarities.
+        kd_temperature: T > 0 of the distillation.
+        pixel_memory: slots for positions per class.
+        region_memory: slots for regions per class.
+        pixel_contrast: approximate number of positions to compare with: ⌊pixel_contrast / K⌋ + 1 per class, at most
+            all.
+        region_contrast: approximate number of regions to compare with, likewise.
+        pixels_per_image: most positions of a class that are written per image.
 
     Shapes:
         Stage features [B, C_i, H_i, W_i], floating, and target [B, H, W], int64, to a scalar, float32 or float64.
-        No labelled position at all gives 0.
+        0 without a labelled position.
 
     Raises:
-        UserError: a stage that does not exist, weights that are negative or both 0, temperatures or numbers that are
-            not positive, stages or channels other than those given, no labels; in training, a batch of one with a
-            1×1 map.
+        UserError: the stage does not exist, a weight is negative or both are 0, a temperature or number is not
+            positive, the outputs have other stages or channels than given, there are no labels, or a batch of one has a
+            1×1 map in training mode.
 
     Example:
         >>> def output(widths):
@@ -98,8 +107,7 @@ class CIRKDMemoryLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.student_channels, self.teacher_channels = paired_channels(self, student_channels, teacher_channels)
-        if stage not in range(1, len(self.student_channels) + 1):
-            raise UserError(f"CIRKDMemoryLoss: stage must be from 1 to {len(self.student_channels)}; got {stage}.")
+        check_stage(self, stage, len(self.student_channels))
         check_positive(self, "temperature", temperature)
         check_positive(self, "kd_temperature", kd_temperature)
         counts = {
@@ -125,18 +133,18 @@ class CIRKDMemoryLoss(nn.Module):
     def forward(
         self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None
     ) -> Tensor:
-        """Remember the teacher's features, then compare both networks' with the memory."""
+        """Write the teacher's features to the memory bank, then compare both networks with it."""
         target = require_target(self, target)
-        mine, other = on_grid(self, *stage_pairs(self, "features", student, teacher)[self.stage - 1])
-        labels, valid = labels_on_grid(target, other.shape[-2:])
+        features, teacher_features = on_grid(self, *stage_pairs(self, "features", student, teacher)[self.stage - 1])
+        labels, valid = labels_on_grid(target, teacher_features.shape[-2:])
         valid = valid & (labels < self.num_classes)
-        keys = F.normalize(other, dim=1, eps=1e-12)
+        keys = F.normalize(teacher_features, dim=1, eps=1e-12)
         if self.training:
             self.remember(keys, labels, valid)
-        return self.compare(self.project(mine), keys, valid)
+        return self.compare(self.project(features), keys, valid)
 
     def project(self, features: Tensor) -> Tensor:
-        """Unit vectors behind the head: [B, C_s, h, w] to [B, C_t, h, w]."""
+        """Apply the head and normalise: [B, C_s, h, w] to unit vectors [B, C_t, h, w]."""
         if self.training and features[:, 0].numel() == 1:
             raise UserError(
                 "CIRKDMemoryLoss cannot normalise a batch of one whose map is 1 x 1: it has one value per channel. "
@@ -146,42 +154,42 @@ class CIRKDMemoryLoss(nn.Module):
 
     @torch.no_grad()
     def remember(self, keys: Tensor, labels: Tensor, valid: Tensor, *, priority: Tensor | None = None) -> None:
-        """Write a batch, of every process, into the memory.
+        """Write the batch of every process to the memory bank.
 
         Args:
             keys: the teacher's unit vectors [B, C_t, h, w].
             labels: [B, h, w], below K.
             valid: bool [B, h, w].
-            priority: [B, h, w], which positions of a class to write first; None draws it.
+            priority: [B, h, w], positions of a class with small values are written first; None samples it.
         """
         for kind, queue in self._queues():
             if kind == "pixel":
                 chosen = pixel_keys(keys, labels, valid, self.num_classes, self.pixels_per_image, priority=priority)
             else:
                 chosen = region_keys(keys, labels, valid, self.num_classes)
-            queue.write(*_of_all_processes(*chosen))
+            queue.write(*gather_rows(*chosen))
 
     def compare(
         self, student: Tensor, teacher: Tensor, valid: Tensor, *, slots: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """Compare unit vectors [B, C_t, h, w] of both at the valid positions with the memory.
+        """Compare the unit vectors [B, C_t, h, w] of both networks at the valid positions with the memory bank.
 
         Args:
-            student: takes a gradient.
-            teacher: a constant.
+            student: receives the gradient.
+            teacher: detached.
             valid: bool [B, h, w].
-            slots: which slots to compare with, by kind ("pixel", "region"); None draws them.
+            slots: numbers of the slots to compare with, by kind ("pixel", "region"); None samples them.
         """
-        mine, other = (maps.permute(0, 2, 3, 1)[valid] for maps in (student, teacher))
+        student_rows, teacher_rows = (maps.permute(0, 2, 3, 1)[valid] for maps in (student, teacher))
         losses = []
         for kind, queue in self._queues():
             chosen = queue.draw(self.drawn[kind]) if slots is None else slots[kind]
             anchors = queue.vectors[:, chosen].flatten(0, 1)
-            value = contrast_kl(mine, other, anchors, self.temperature, self.kd_temperature)
+            value = contrast_kl(student_rows, teacher_rows, anchors, self.temperature, self.kd_temperature)
             losses.append(self.weights[kind] * value)
         return torch.stack(losses).sum()
 
-    def _queues(self) -> list[tuple[str, "ClassQueue"]]:
+    def _queues(self) -> list[tuple[str, ClassQueue]]:
         return [(kind, cast(ClassQueue, queue)) for kind, queue in self.queues.items()]
 
     @staticmethod
@@ -195,107 +203,6 @@ class CIRKDMemoryLoss(nn.Module):
         return {kind: weight for kind, weight in weights.items() if weight > 0}
 
 
-class ClassQueue(nn.Module):
-    """For each class the unit vectors that were written last; random ones at the start.
-
-    Args:
-        num_classes: K.
-        slots: M, how many per class.
-        channels: C of each vector.
-
-    Attributes:
-        vectors: [K, M, C].
-        pointer: int64 [K], the slot of each class that is written next.
-
-    Example:
-        >>> queue = ClassQueue(num_classes=2, slots=3, channels=1)
-        >>> queue.write(torch.arange(4.0)[:, None], torch.zeros(4, dtype=torch.int64))
-        >>> queue.vectors[0, :, 0], queue.pointer
-        (tensor([3., 1., 2.]), tensor([1, 0]))
-    """
-
-    vectors: Tensor
-    pointer: Tensor
-
-    def __init__(self, num_classes: int, slots: int, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("vectors", F.normalize(torch.randn(num_classes, slots, channels), dim=2))
-        self.register_buffer("pointer", torch.zeros(num_classes, dtype=torch.int64))
-
-    @torch.no_grad()
-    def write(self, keys: Tensor, classes: Tensor) -> None:
-        """Write keys [n, C] of classes [n] in their order, each class from its pointer on and around the end."""
-        num_classes, slots, _ = self.vectors.shape
-        order, rank, counts = _ranks(classes, num_classes)
-        classes = classes[order]
-        slot = (self.pointer[classes] + rank) % slots
-        last = rank >= counts[classes] - slots  # what would be written over at once is not written
-        self.vectors[classes[last], slot[last]] = keys[order][last].to(self.vectors)
-        self.pointer.copy_((self.pointer + counts) % slots)
-
-    def draw(self, count: int) -> Tensor:
-        """Slot numbers without repetition, `count` of them or all."""
-        slots = self.vectors.shape[1]
-        return torch.randperm(slots, device=self.vectors.device)[:count]
-
-
-def pixel_keys(
-    keys: Tensor, labels: Tensor, valid: Tensor, num_classes: int, limit: int, *, priority: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Choose up to `limit` positions of each class in each image.
-
-    Args:
-        keys: [B, C, h, w].
-        labels: int64 [B, h, w], below `num_classes`.
-        valid: bool [B, h, w].
-        num_classes: K.
-        limit: how many positions.
-        priority: [B, h, w], the smallest are chosen; None draws it, so that the choice is at random.
-
-    Returns:
-        Keys [n, C] and classes [n], in the order of images, classes and priority.
-
-    Example:
-        >>> keys, labels = torch.tensor([1.0, 2, 3]).view(1, 1, 1, 3), torch.tensor([[[1, 0, 1]]])
-        >>> chosen, classes = pixel_keys(keys, labels, labels >= 0, 2, limit=1, priority=torch.arange(3).view(1, 1, 3))
-        >>> chosen.tolist(), classes.tolist()
-        ([[2.0], [1.0]], [0, 1])
-    """
-    if priority is None:
-        priority = torch.rand(labels.shape, device=labels.device)
-    image = torch.arange(len(labels), device=labels.device)[:, None, None]
-    groups = (image * num_classes + labels)[valid]
-    by_priority = priority[valid].argsort(stable=True)
-    order, rank, _ = _ranks(groups[by_priority], len(labels) * num_classes)
-    chosen = by_priority[order[rank < limit]]
-    return keys.permute(0, 2, 3, 1)[valid][chosen], groups[chosen] % num_classes
-
-
-def region_keys(keys: Tensor, labels: Tensor, valid: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The direction of the mean key of each class in each image that has it.
-
-    Args:
-        keys: [B, C, h, w].
-        labels: int64 [B, h, w].
-        valid: bool [B, h, w].
-        num_classes: K.
-
-    Returns:
-        Keys [n, C], of length 1, and classes [n], in the order of images and classes.
-
-    Example:
-        >>> keys, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2), torch.ones(1, 1, 2).long()
-        >>> region_keys(keys, labels, labels >= 0, 2)
-        (tensor([[0.7071, 0.7071]]), tensor([1]))
-    """
-    members = class_members(labels, valid, num_classes).to(keys.dtype)
-    counts = members.sum(2)
-    with full_precision(keys):
-        means = members @ keys.flatten(2).mT / counts[:, :, None].clamp_min(1)
-    image, classes = counts.nonzero(as_tuple=True)
-    return F.normalize(means[image, classes], dim=1, eps=1e-12), classes
-
-
 def contrast_kl(
     student: Tensor,
     teacher: Tensor,
@@ -305,30 +212,30 @@ def contrast_kl(
     *,
     budget: int = BUDGET,
 ) -> Tensor:
-    """KL between soft-maxes of the similarities with common anchors, the mean over positions, times T².
+    """KL divergence between the softmax of the similarities with common anchors, mean over positions, times T².
 
     Args:
         student: [n, C], at least float32.
-        teacher: [n, C]; a constant.
-        anchors: [m, C]; constants.
+        teacher: [n, C]; detached.
+        anchors: [m, C]; detached.
         temperature: τ > 0.
         kd_temperature: T > 0.
-        budget: how many similarities may exist at a time.
+        budget: largest number of similarities in memory at a time.
 
     Returns:
-        A scalar; 0 without a position.
+        A scalar; 0 if there are no positions.
 
     Example:
         >>> anchors = torch.eye(2)
         >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]])
-        >>> contrast_kl(student, teacher, anchors, temperature=1.0)  # of (0.73, 0.27) from even
+        >>> contrast_kl(student, teacher, anchors, temperature=1.0)  # KL of (0.5, 0.5) and (0.73, 0.27)
         tensor(0.1201)
     """
-    sharpness, columns = temperature * kd_temperature, anchors.detach().to(student).T
+    scale, columns = temperature * kd_temperature, anchors.detach().to(student).T
 
-    def divergence(rows: Tensor, other_rows: Tensor) -> Tensor:
-        with full_precision(rows):
-            log_q, log_p = ((units @ columns / sharpness).log_softmax(1) for units in (rows, other_rows))
+    def divergence(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
+        with full_precision(student_rows):
+            log_q, log_p = ((units @ columns / scale).log_softmax(1) for units in (student_rows, teacher_rows))
             return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
     total = sum_over_rows(divergence, [student, teacher.detach()], columns=len(anchors), budget=budget)
@@ -344,31 +251,3 @@ def _head(in_channels: int, out_channels: int) -> nn.Sequential:
             conv2=nn.Conv2d(out_channels, out_channels, 1, bias=False),
         )
     )
-
-
-def _ranks(groups: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort numbers of groups [n]: their order, each one's rank within its group, and the groups' sizes [count]."""
-    order = groups.argsort(stable=True)
-    sizes = torch.bincount(groups, minlength=count)
-    first = sizes.cumsum(0) - sizes
-    return order, torch.arange(len(order), device=groups.device) - first[groups[order]], sizes
-
-
-def _of_all_processes(keys: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [n, C] and [n] of every process, in the order of the processes; n may differ between them."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return keys, classes
-    counts = _gather(torch.tensor([len(keys)], device=keys.device))
-    longest = int(torch.cat(counts).max())
-    gathered = []
-    for rows in (keys, classes):
-        padded = rows.new_zeros(longest, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        gathered.append(torch.cat([part[: int(n)] for part, n in zip(_gather(padded), counts, strict=True)]))
-    return gathered[0], gathered[1]
-
-
-def _gather(tensor: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor)
-    return parts

@@ -1,4 +1,4 @@
-"""Named, weighted terms: the one place that knows the weights."""
+"""Weighted sum of named terms; the only module that handles weights."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from transkd.errors import UserError
 from transkd.losses.gradients import gradient_norm
 from transkd.losses.schedule import Progress, Schedule
 from transkd.losses.shared.checks import check_needs
-from transkd.losses.shared.grids import nothing
+from transkd.losses.shared.grids import connected_zero
 from transkd.outputs import EVERYTHING, SegmentationOutput
 
 __all__ = ["Criterion", "CriterionOutput"]
@@ -23,15 +23,15 @@ logger = logging.getLogger("transkd.losses")
 REQUIRED, OPTIONAL = {"term", "weight"}, {"schedule"}
 AUTO = re.compile(r"auto\((.+)\)")
 CALIBRATION_STEPS = 10
-_OFF_AT_FIRST = "Term {!r}: auto(s) is set on the first steps, so its schedule must be on there."
+_OFF_AT_FIRST = "Term {!r}: auto(s) is calibrated on the first steps, so its schedule must be on there."
 
 
 class CriterionOutput(NamedTuple):
-    """What a criterion gives for one batch.
+    """Result of a criterion for one batch.
 
     Attributes:
-        total: Σ weight · schedule · value, a scalar to minimise.
-        values: each computed term's own scalar by its name, before the weight.
+        total: Σ weight · schedule · value, the scalar to minimise.
+        values: unweighted value of each computed term by name.
     """
 
     total: Tensor
@@ -39,28 +39,30 @@ class CriterionOutput(NamedTuple):
 
 
 class Criterion(nn.Module):
-    """Hold terms by name, compute each once, and weigh them: ``total = Σ weight · schedule · value``.
+    """Weighted sum of terms: ``total = Σ weight · schedule · value``.
 
-    A term of weight 0 is not computed and its parameters are frozen, so that nothing waits for their
-    gradients. Nor is one computed while its schedule is at 0, and the teacher need not run for it.
+    A term of weight 0 is not computed and its parameters are frozen, because distributed training expects a gradient
+    for every trainable parameter. A term is not computed either while its schedule is 0, and does not need the teacher
+    then.
 
-    A weight of ``auto(s)`` is set on the first steps so that the term's gradient on the student has s times the norm
-    of the task's: the mean over 10 steps of ``s·‖∇task‖ / ‖∇term‖``, then fixed. It is saved with the state. Steps at
-    which an automatic term has no gradient do not count, for none of them; ten such steps are warned of.
+    A weight of ``auto(s)`` is calibrated on the first 10 training steps: it is the mean of ``s·‖∇task‖ / ‖∇term‖`` over
+    them, gradients with respect to the student's parameters, and is constant afterwards. It is part of the
+    ``state_dict``. A step at which any automatic term has a zero or non-finite gradient is skipped for all of them; a
+    warning is logged after ten such steps.
 
     Args:
-        terms: for each name ``{"term": module, "weight": number or "auto(s)", "schedule": Schedule or absent}``, the
-            number finite and at least 0.
+        terms: ``{"term": module, "weight": number or "auto(s)", "schedule": Schedule}`` by name; numbers are finite and
+            at least 0, the schedule is optional.
 
     Attributes:
-        weights: each term's weight by name, None while an automatic one is not known yet.
-        needs: what the terms read of the teacher now; empty when no teacher is needed.
-        ever_needs: the same over the whole run.
-        calibrating: whether the student's parameters must be given, for automatic weights.
+        weights: weight of each term by name; None for an automatic weight before the first calibration step.
+        needs: teacher outputs that the terms read at this step; empty if none needs the teacher.
+        ever_needs: teacher outputs that the terms read at any step of the run.
+        calibrating: whether ``parameters`` must be passed for the calibration of automatic weights.
 
     Raises:
-        UserError: an entry is not of that form; when called, no term is computed or an output lacks what a
-            term reads.
+        UserError: an entry is malformed; when called, if no term is computed or an output that a term reads is
+            missing.
 
     Example:
         >>> from transkd.losses.cross_entropy import TaskCrossEntropy
@@ -90,12 +92,12 @@ class Criterion(nn.Module):
                 raise UserError("A weight of auto(s) is relative to the task: the term 'task' must have a weight.")
             self.register_buffer("auto_sums", torch.zeros(len(self.shares), dtype=torch.float64))
             self.register_buffer("auto_steps", torch.tensor(0))
-        self._calibrated = not self.shares  # known to Python, since a look at auto_steps waits for the device
-        self._passed_over = 0
+        self._calibrated = not self.shares  # cached on the host: reading auto_steps synchronises with the device
+        self._skipped_steps = 0
 
     @property
     def weights(self) -> dict[str, float | None]:
-        """Each term's weight by name, before its schedule."""
+        """Weight of each term by name, without its schedule."""
         known = bool(self.shares) and int(self.auto_steps) > 0
         means = (self.auto_sums / self.auto_steps).tolist() if known else [None] * len(self.shares)
         automatic = dict(zip(self.shares, means, strict=True))
@@ -103,26 +105,26 @@ class Criterion(nn.Module):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the terms read of the teacher at this step."""
+        """Teacher outputs that the terms read at this step."""
         return frozenset().union(*(_needs(term) for _, term in self._computed()))
 
     @property
     def ever_needs(self) -> frozenset[str]:
-        """What the terms read of the teacher over the run."""
+        """Teacher outputs that the terms read at any step of the run."""
         return frozenset().union(*(_needs(term) for _, term in self._weighted()))
 
     @property
     def calibrating(self) -> bool:
-        """Whether automatic weights are still being set."""
+        """Whether automatic weights are still being calibrated."""
         if not self._calibrated and self.training:
             self._calibrated = int(self.auto_steps) >= CALIBRATION_STEPS
         return not self._calibrated and self.training
 
     def check_schedules(self, steps: int, epochs: int) -> None:
-        """See that every schedule is on at some step of a run of that length.
+        """Check that every schedule is above 0 at some step of a run of that length.
 
         Raises:
-            UserError: one is not, or is off at the first step, where an automatic weight is set.
+            UserError: a schedule is not, or is 0 at the first step although the weight is automatic.
         """
         for name in self.schedules:
             if name in self.shares and self._factor(name, Progress(0, steps, epochs)) == 0:
@@ -134,7 +136,7 @@ class Criterion(nn.Module):
                 )
 
     def advance(self, progress: Progress) -> None:
-        """Set every schedule to where the run is; to be called before each step."""
+        """Update the schedule factors; call it before each step."""
         for name in self.schedules:
             self.factors[name] = self._factor(name, progress)
 
@@ -151,7 +153,7 @@ class Criterion(nn.Module):
         target: Tensor | None = None,
         parameters: Sequence[nn.Parameter] = (),
     ) -> CriterionOutput:
-        """Compute each term whose weight and schedule are not 0; ``parameters`` are the student's, see above."""
+        """Compute the terms whose weight and schedule are not 0; ``parameters`` are the student's, for calibration."""
         values: dict[str, Tensor] = {}
         for name, term in self._computed():
             try:
@@ -171,7 +173,7 @@ class Criterion(nn.Module):
         return CriterionOutput(total.sum() + self._idle(), values)
 
     def _scales(self) -> dict[str, Tensor | float]:
-        """Weight · schedule by name; automatic weights stay on their device, 0 while they are not known."""
+        """Weight · schedule by name; automatic weights stay on the device, 0 before the first calibration step."""
         weights: dict[str, Tensor | float] = dict(self.fixed)
         if self.shares:
             means = self.auto_sums / self.auto_steps.clamp_min(1)
@@ -180,7 +182,7 @@ class Criterion(nn.Module):
 
     def _calibrate(self, values: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> None:
         if not parameters:
-            raise UserError("A weight of auto(s) looks at gradients: call the criterion with parameters=the student's.")
+            raise UserError("A weight of auto(s) needs gradients: call the criterion with parameters=the student's.")
         absent = sorted(self.shares.keys() - values.keys())
         if absent:
             raise UserError(_OFF_AT_FIRST.format(absent[0]))
@@ -196,24 +198,27 @@ class Criterion(nn.Module):
             self.auto_sums += ratios
             self.auto_steps += 1
             return
-        self._passed_over += 1  # a batch from which a term learns nothing says nothing of its weight
-        if self._passed_over == CALIBRATION_STEPS:
+        self._skipped_steps += 1  # skip: with a zero gradient the ratio is undefined
+        if self._skipped_steps == CALIBRATION_STEPS:
             names = [name for name, known in zip(self.shares, finite, strict=True) if not known]
             logger.warning(
-                "No automatic weight could be set in %d steps, so all of them are 0: the student learns nothing from "
-                "%s. Look at what these terms read, or give them numbers as weights.",
+                "No automatic weight could be calibrated in %d steps, so all of them are 0: the gradient on the "
+                "student is zero or not finite for %s. Check what these terms read, or give them numbers as weights.",
                 CALIBRATION_STEPS,
                 ", ".join(names),
             )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._calibrated = not self.shares  # to be seen from what was loaded
+        self._calibrated = not self.shares  # recomputed from the loaded auto_steps
 
     def _idle(self) -> Tensor | float:
-        """A 0 that holds the parameters of scheduled terms which are off: data-parallel training wants a gradient."""
+        """Return a 0 connected to the parameters of terms whose schedule is 0.
+
+        Distributed data-parallel training requires a gradient for every trainable parameter.
+        """
         idle = [p for name, term in self._weighted() if self.factors[name] == 0 for p in term.parameters()]
-        return nothing(*idle) if idle else 0.0
+        return connected_zero(*idle) if idle else 0.0
 
     def _weighted(self) -> list[tuple[str, nn.Module]]:
         return [(name, term) for name, term in self.terms.items() if self.fixed.get(name) != 0]
@@ -227,12 +232,12 @@ def _needs(term: nn.Module) -> frozenset[str]:
 
 
 def _scaled(value: Tensor, scale: Tensor | float) -> Tensor:
-    """Scale · value in the value's dtype, which a float64 tensor would change and a number does not."""
+    """Multiply without promoting the value to the float64 of a scale tensor."""
     return value * (scale.to(value.dtype) if isinstance(scale, Tensor) else scale)
 
 
 def _share(weight: object) -> float | None:
-    """The s of ``auto(s)``; None for anything else."""
+    """Parse the s of ``auto(s)``; None for any other weight, NaN if s is not a number."""
     match = AUTO.fullmatch(weight) if isinstance(weight, str) else None
     try:
         return float(match[1]) if match else None
@@ -242,18 +247,22 @@ def _share(weight: object) -> float | None:
 
 def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
     if "." in name or hasattr(nn.ModuleDict(), name):
-        raise UserError(f"A term cannot be called {name!r}: the name has a dot or is PyTorch's own. Choose another.")
+        raise UserError(
+            f"A term cannot be called {name!r}: the name has a dot or is an attribute of nn.ModuleDict. Choose another."
+        )
     _check_keys(name, entry)
     term, weight, share = entry["term"], entry["weight"], _share(entry["weight"])
     if not isinstance(term, nn.Module) or not isinstance(getattr(term, "needs", None), frozenset):
         raise UserError(
-            f"Term {name!r} must be a torch module with a class attribute `needs`, a frozenset of what it "
-            f"reads of the teacher; got {type(term).__name__}."
+            f"Term {name!r} must be a torch module with a class attribute `needs`, a frozenset of the "
+            f"teacher outputs that it reads; got {type(term).__name__}."
         )
     if not _needs(term) <= EVERYTHING:
-        raise UserError(f"Term {name!r} needs {sorted(_needs(term))}; a network shows only {sorted(EVERYTHING)}.")
+        raise UserError(f"Term {name!r} needs {sorted(_needs(term))}; networks return only {sorted(EVERYTHING)}.")
     if share is not None and (name == "task" or not 0 < share < math.inf):
-        raise UserError(f"Term {name!r}: auto(s) wants s above 0 and is not for the task itself; got {weight!r}.")
+        raise UserError(
+            f"Term {name!r}: auto(s) requires s > 0 and cannot be used for the task itself; got {weight!r}."
+        )
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if share is None and not (number and math.isfinite(weight) and weight >= 0):
         raise UserError(f"Term {name!r} must have a finite weight of at least 0, or auto(s); got {weight!r}.")

@@ -1,4 +1,4 @@
-"""The task's own loss, as a term like every other."""
+"""Cross-entropy with the labels, the loss of the task itself, as a term."""
 
 from collections.abc import Sequence
 
@@ -18,26 +18,26 @@ RESOLUTIONS = ("labels", "logits")
 
 
 class TaskCrossEntropy(nn.Module):
-    """Cross-entropy between the student's logits and the labels; the teacher is not read.
+    """Cross-entropy between the student's logits and the labels; the teacher is not used.
 
-    ``Σ_x w[y_x] · −log softmax(z_x)[y_x] / Σ_x w[y_x]`` over the valid pixels x, and a differentiable 0 when
-    there are none, where `torch.nn.functional.cross_entropy` gives NaN.
+    ``Σ_x w[y_x] · −log softmax(z_x)[y_x] / Σ_x w[y_x]`` over the valid pixels x; a differentiable 0 if there are
+    none (`torch.nn.functional.cross_entropy` returns NaN).
 
-    Logits are upsampled band by band and each band's gradient is taken at once, so that no copy of the logits at
-    the labels' size is made; that value can be differentiated once.
+    Logits are upsampled in bands of rows and the gradient of each band is computed in the forward pass, so the logits
+    are never stored at the labels' size. The value can therefore be differentiated only once.
 
     Args:
-        class_weights: w, one per class; None weighs all classes alike.
+        class_weights: w, one per class; None means equal weights.
         resolution: where to compare: "labels" upsamples the logits bilinearly to the labels' size, "logits"
-            takes the nearest label for each of the logits' pixels.
-        ignore_index: the label that is not learnt; negative labels are not learnt either.
+            resizes the labels to the logits by nearest neighbour.
+        ignore_index: label that is ignored; negative labels are ignored too.
 
     Shapes:
         Logits [B, K, h, w], floating, and target [B, H, W], int64, to a scalar, float32 or float64.
 
     Raises:
-        UserError: an unknown resolution, no logits, no labels, labels of another shape or batch, or a number of
-            class weights other than K.
+        UserError: the resolution is unknown, logits or labels are missing, the labels have another shape or batch
+            size, or the number of class weights is not K.
 
     Example:
         >>> student = SegmentationOutput(torch.zeros(1, 4, 2, 2), (), (), torch.rand(1, 3, 8, 8))
@@ -69,7 +69,9 @@ class TaskCrossEntropy(nn.Module):
     ) -> Tensor:
         """Compare the student's logits with the labels."""
         if student.logits is None:
-            raise UserError("TaskCrossEntropy reads the student's logits, but it shows none: ask it for logits.")
+            raise UserError(
+                "TaskCrossEntropy reads the student's logits, but the student returned none: request its logits."
+            )
         if target is None:
             raise UserError("TaskCrossEntropy reads labels, but there are none: call it with target=labels.")
         logits = widen(student.logits)
@@ -94,6 +96,6 @@ class TaskCrossEntropy(nn.Module):
 def _mean_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor, ignore: int) -> Tensor:
     ignored = (target == ignore) | (target < 0)
     total = F.cross_entropy(logits, target.masked_fill(ignored, -100), weights, reduction="sum")
-    mass = weights[target.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
-    # without a valid pixel 0 / tiny is 0, and so is its gradient
-    return total / mass.clamp_min(torch.finfo(logits.dtype).tiny)
+    weight_sum = weights[target.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
+    # clamp: without a valid pixel the value is 0 / tiny = 0, with a zero gradient
+    return total / weight_sum.clamp_min(torch.finfo(logits.dtype).tiny)

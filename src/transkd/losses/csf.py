@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.losses.shared.checks import paired_channels, stage_pairs
-from transkd.losses.shared.distances import map_criterion
+from transkd.losses.shared.distances import map_criterion, position_mean
 from transkd.losses.shared.fusion import ConvNorm, check_normalisable, fuse_from_deepest
 from transkd.losses.shared.grids import on_grid
 from transkd.outputs import SegmentationOutput
@@ -19,35 +19,35 @@ logger = logging.getLogger("transkd.losses")
 
 
 class CSFLoss(nn.Module):
-    """Fuse the student's features from deep to shallow and compare each with the teacher's.
+    """Fuse the student's features from deep to shallow and compare each fused map with the teacher's features.
 
-    From the deepest stage to the shallowest, with a residual R of `mid_channels`:
+    From the deepest stage to the shallowest, with a residual R of `mid_channels` channels:
 
         X_i = BN(conv1x1(F_i)),  U = nearest-upsample(R_{i+1}),  z = mean over positions of (X_i + U)
         (p, q) = softmax over the two of (conv1x1(a), conv1x1(a)),  a = ReLU(BN(conv1x1(z)))
         R_i = p·X_i + q·U       (the deepest stage: R = X)
         loss = Σ_i criterion(BN(conv3x3(R_i)), teacher's F_i)
 
-    A map whose size differs from the teacher's is resized to it bilinearly, which is logged once. With a
-    batch of one, the normalisation of z sees a single value per channel, so it uses its running statistics.
-    Each of several processes normalises by the statistics of its own images alone, unless
-    `trainer.sync_batchnorm=true` synchronises them.
+    A map whose size differs from the teacher's is resized to it bilinearly; this is logged once. With a batch of one,
+    the batch normalisation of z would see a single value per channel, so it uses its running statistics instead. In
+    distributed training each process uses the batch statistics of its own images unless
+    `trainer.sync_batchnorm=true`.
 
     Source: TransKD, arXiv 2202.13393, its section on Cross Selective Fusion.
 
     Args:
-        student_channels: channels of each of the student's stages, shallowest first.
-        teacher_channels: channels of each of the teacher's stages.
-        mid_channels: width of the residual.
+        student_channels: channels of every student stage, shallowest first.
+        teacher_channels: channels of every teacher stage.
+        mid_channels: channels of the residual.
         criterion: distance between maps: "hierarchical_context", "channel_kl" or "spatial_kl".
-        temperature: of the two KLs.
+        temperature: τ of the two KL divergences.
 
     Shapes:
-        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not read.
+        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not used.
 
     Raises:
-        UserError: an unknown criterion; stages or channels other than those given; in training, a batch of
-            one with a 1×1 map.
+        UserError: the criterion is unknown, the outputs have other stages or channels than given, or a batch of one has
+            a 1×1 map in training mode.
 
     Example:
         >>> def output(widths):
@@ -80,37 +80,37 @@ class CSFLoss(nn.Module):
                 )
             }
         )
-        self._told_of_resizing = False
+        self._resizing_logged = False
 
     def forward(
         self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None
     ) -> Tensor:
         """Compare the student's fused features with the teacher's features."""
-        own, others = zip(*stage_pairs(self, "features", student, teacher), strict=True)
-        fused = self.fuse(own)
-        losses = [self.criterion(self._resized(a, b), b) for a, b in zip(fused, others, strict=True)]
+        features, teacher_features = zip(*stage_pairs(self, "features", student, teacher), strict=True)
+        pairs = zip(self.fuse(features), teacher_features, strict=True)
+        losses = [self.criterion(self._resized(fused, target_map), target_map) for fused, target_map in pairs]
         return torch.stack(losses).sum()
 
     def fuse(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Give the maps that are compared, [B, C_i of the teacher, H_i, W_i], shallowest first."""
+        """Return the maps to compare, [B, C_i of the teacher, H_i, W_i], shallowest first."""
         return fuse_from_deepest(self.stages.values(), features)
 
     def _resized(self, fused: Tensor, teacher: Tensor) -> Tensor:
         if fused.shape[-2:] == teacher.shape[-2:]:
             return fused
-        if not self._told_of_resizing:
+        if not self._resizing_logged:
             logger.warning(
                 "CSFLoss: stage sizes differ (student %s, teacher %s, height and width); "
                 "the student's maps are resized bilinearly to the teacher's.",
                 tuple(fused.shape[-2:]),
                 tuple(teacher.shape[-2:]),
             )
-            self._told_of_resizing = True
+            self._resizing_logged = True
         return on_grid(self, fused, teacher)[0]
 
 
 class _FusionStage(nn.Module):
-    """One stage: the student's map and the deeper residual to the own residual and the map to compare."""
+    """One stage: maps the student's feature F_i and the residual R_{i+1} to R_i and BN(conv3x3(R_i))."""
 
     def __init__(self, channels: int, target_channels: int, mid_channels: int, *, selects: bool) -> None:
         super().__init__()
@@ -129,28 +129,22 @@ class _FusionStage(nn.Module):
         check_normalisable("CSFLoss", self, feature)
         reduced: Tensor = self.reduce(feature)
         if residual is not None:
-            residual = F.interpolate(residual, size=reduced.shape[-2:], mode="nearest")
-            reduced = self._select(reduced, residual)
+            upsampled = F.interpolate(residual, size=reduced.shape[-2:], mode="nearest")
+            reduced = self._select(reduced, upsampled)
         return reduced, self.expand(reduced)
 
-    def _select(self, reduced: Tensor, residual: Tensor) -> Tensor:
-        pooled = _position_mean(reduced + residual)
-        squeezed = _squeeze(self.squeeze, pooled)
-        scores = torch.stack((self.student_branch(squeezed), self.residual_branch(squeezed)))
-        keep, take = scores.softmax(0).unbind()
-        return keep * reduced + take * residual
+    def _select(self, x: Tensor, u: Tensor) -> Tensor:
+        """Compute R = p·X + q·U with the channel attention (p, q) of X + U."""
+        z = position_mean(x + u)
+        a = _squeeze(self.squeeze, z)
+        p, q = torch.stack((self.student_branch(a), self.residual_branch(a))).softmax(0).unbind()
+        return p * x + q * u
 
 
 def _squeeze(layer: ConvNorm, pooled: Tensor) -> Tensor:
-    """Apply a layer to [B, C, 1, 1]; a batch of one has no statistics of its own to normalise with."""
+    """ReLU(BN(conv1x1(z))) of z [B, C, 1, 1]; a batch of one is normalised with the running statistics."""
     if len(pooled) > 1:
         return F.relu(layer(pooled))
     norm, convolved = layer.norm, layer.conv(pooled)
     normalised = F.batch_norm(convolved, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     return F.relu(normalised)
-
-
-def _position_mean(maps: Tensor) -> Tensor:
-    """``maps.mean((2, 3), keepdim=True)``, whose own gradient is not laid out as the maps are: adding it is slow."""
-    wide = torch.promote_types(maps.dtype, torch.float32)  # a sum of many halves has no place in a half
-    return (maps.sum((2, 3), keepdim=True, dtype=wide) / maps[0, 0].numel()).to(maps.dtype)

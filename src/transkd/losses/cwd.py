@@ -25,29 +25,29 @@ NORMALISERS = ("channel", "spatial", "channel_mean")
 
 
 class CWDLoss(nn.Module):
-    """Compare where in the image each class's logits are large: `channel_kl` between the logits of two networks.
+    """`channel_kl` between the logits of two networks: the spatial distribution of each class.
 
-    ``τ² / (B·K) · Σ_b Σ_k KL(softmax_HW(z_t / τ) ‖ softmax_HW(z_s / τ))``, no parameters of its own.
+    ``τ² / (B·K) · Σ_b Σ_k KL(softmax_HW(z_t / τ) ‖ softmax_HW(z_s / τ))``, no parameters.
 
     Source: Shu et al., arXiv 2011.13256, section 3; its weight for logits is 3 at τ = 4 (0.3 for SegFormer in CIRKD).
-    Published codes take log(softmax), infinite for large logits; here it is a log-soft-max.
+    Published implementations compute log(softmax), which is infinite for large logits; here log_softmax is used.
 
     Args:
-        temperature: τ > 0; a larger one flattens the distributions.
-        grid: where to compare: "teacher" resizes the student's logits to the teacher's, "student" the teacher's to the
-            student's, "labels" both to the labels; bilinear, align_corners=False.
-        normaliser: what is compared: "channel" as above; "spatial" the soft-max over the classes at each pixel, which
-            is `KDLoss`; "channel_mean" each class's mean over the pixels, by squared error and without τ.
-        mask_ignored: leave out the pixels without a label, as if they were not there; an image without any labelled
-            pixel adds 0. Off by default, as published.
+        temperature: τ > 0; larger values flatten the distributions.
+        grid: size at which to compare: that of the "teacher" logits, the "student" logits or the "labels"; logits of
+            another size are resized bilinearly, align_corners=False.
+        normaliser: "channel" as above; "spatial" is the softmax over the classes at each pixel, as in `KDLoss`;
+            "channel_mean" the squared error between the means of each class over the pixels, without τ.
+        mask_ignored: exclude pixels without a label; an image without a labelled pixel contributes 0. False by
+            default, as published.
 
     Shapes:
-        Logits [B, K, h, w] of both, K ≥ 2, to a scalar, float32 or float64. A target [B, H, W] is read for
+        Logits [B, K, h, w] of both, K ≥ 2, to a scalar, float32 or float64. A target [B, H, W] is used for
         `mask_ignored` and for grid "labels".
 
     Raises:
-        UserError: an unknown grid or normaliser, a temperature that is not positive, no logits, no labels where they
-            are read, networks with different numbers of classes, or with a single one.
+        UserError: the grid or normaliser is unknown, the temperature is not positive, logits or required labels are
+            missing, or the networks have different numbers of classes or a single class.
 
     Example:
         >>> import torch
@@ -82,38 +82,38 @@ class CWDLoss(nn.Module):
 
 
 class CWDFeatureLoss(nn.Module):
-    """Compare where in the image each channel of the teacher's features is large: `channel_kl` between features.
+    """`channel_kl` between the features of two networks: the spatial distribution of each channel.
 
-    ``Σ_stages τ² / (B·C_t) · Σ_b Σ_c KL(softmax_HW(f_t / τ) ‖ softmax_HW(adapter(f_s) / τ))``, C_t the teacher's
-    channels.
+    ``Σ_stages τ² / (B·C_t) · Σ_b Σ_c KL(softmax_HW(f_t / τ) ‖ softmax_HW(adapter(f_s) / τ))``, with C_t the
+    teacher's channels.
 
     Source: Shu et al., arXiv 2011.13256, section 3; its weight for features is 50 at τ = 4 (5 for SegFormer in CIRKD).
-    CIRKD divides by the student's channels before the adapter: its weights times C_t / C_s have its strength here.
-    It also builds the adapter where none is needed, which leaves parameters without a gradient.
+    CIRKD divides by the student's channels before the adapter: multiply its weights by C_t / C_s for the same
+    strength. It also builds an adapter where none is needed, whose parameters get no gradient.
 
     Args:
-        student_channels: channels of each of the student's stages, shallowest first; all of them.
-        teacher_channels: channels of each of the teacher's stages; all of them.
-        stages: which stages to compare, counted from 1; their values are summed.
-        adapter: what brings a stage's channels to the teacher's where they differ: "conv", a 1×1 convolution without
-            bias (CIRKD); "conv_bn_relu", with batch normalisation and ReLU behind it (TorchDistiller, TransKD); None
-            for channels that are equal.
-        temperature: τ > 0; a larger one flattens the distributions.
-        grid: where to compare: "teacher" resizes the student's features to the teacher's, "student" the teacher's to
-            the student's, "labels" both to the labels; bilinear, align_corners=False, before the adapter.
-        normaliser: what is compared: "channel" as above; "spatial" the soft-max over the channels at each position;
-            "channel_mean" each channel's mean over the positions, by squared error and without τ.
-        mask_ignored: leave out the positions without a label, as if they were not there; an image without any adds 0.
-            Off by default, as published.
+        student_channels: channels of every student stage, shallowest first.
+        teacher_channels: channels of every teacher stage.
+        stages: stages to compare, counted from 1; their values are summed.
+        adapter: projection of a stage to the teacher's channels where they differ: "conv", a 1×1 convolution without
+            bias (CIRKD); "conv_bn_relu", followed by batch normalisation and ReLU (TorchDistiller, TransKD); None if
+            the channels are equal.
+        temperature: τ > 0; larger values flatten the distributions.
+        grid: size at which to compare: that of the "teacher" features, the "student" features or the "labels"; maps of
+            another size are resized bilinearly, align_corners=False, before the adapter.
+        normaliser: "channel" as above; "spatial" is the softmax over the channels at each position; "channel_mean" the
+            squared error between the means of each channel over the positions, without τ.
+        mask_ignored: exclude positions without a label; an image without a labelled position contributes 0. False by
+            default, as published.
 
     Shapes:
-        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. A target [B, H, W] is read for
+        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. A target [B, H, W] is used for
         `mask_ignored` and for grid "labels".
 
     Raises:
-        UserError: an unknown adapter, grid or normaliser, a temperature that is not positive, stages that do not
-            exist, channels that differ without an adapter, or are other than those given, no labels where they are
-            read; in training, "conv_bn_relu" on a batch of one with a 1×1 map.
+        UserError: the adapter, grid or normaliser is unknown, the temperature is not positive, a stage does not exist,
+            channels differ without an adapter or from those given, required labels are missing, or "conv_bn_relu" gets
+            a batch of one with a 1×1 map in training mode.
 
     Example:
         >>> def output(*widths):
@@ -150,7 +150,7 @@ class CWDFeatureLoss(nn.Module):
     def forward(
         self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None
     ) -> Tensor:
-        """Compare the features of the chosen stages."""
+        """Compare the features of the selected stages."""
         pairs = stage_pairs(self, "features", student, teacher)
         losses = []
         for stage in self.stages:
@@ -168,15 +168,15 @@ def normalised_distance(
     temperature: float = 4.0,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Compare two maps after one of the normalisers of CWD.
+    """Distance between two maps under one of CWD's normalisers.
 
     Args:
         student: [B, C, h, w], floating.
-        teacher: [B, C, h, w]; a constant.
+        teacher: [B, C, h, w]; detached.
         normaliser: "channel" is `channel_kl`, "spatial" `pixel_kl`, "channel_mean" the mean squared error between the
             channels' means over the positions.
-        temperature: τ > 0; "channel_mean" has none.
-        valid: bool [B, h, w], the positions that count; None takes all.
+        temperature: τ > 0; not used by "channel_mean".
+        valid: bool [B, h, w], positions to include; None includes all.
 
     Returns:
         A scalar, float32 or float64.
@@ -192,22 +192,22 @@ def normalised_distance(
     if normaliser == "spatial":
         return pixel_kl(student, teacher, temperature, valid)
     if valid is not None:
-        student, teacher = (_without(maps, valid, temperature) for maps in (student, teacher))
+        student, teacher = (_masked(maps, valid, temperature) for maps in (student, teacher))
     return channel_kl(student, teacher, temperature)
 
 
-def _without(maps: Tensor, valid: Tensor, temperature: float) -> Tensor:
-    """Take positions out of a soft-max over the positions.
+def _masked(maps: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """Exclude positions from a softmax over the positions.
 
-    What is left there is so low that its share is exactly 0, yet finite after the division by τ: −∞ would give
-    0·(∞ − ∞) in the KL.
+    The fill value gives a probability of exactly 0 and stays finite after the division by τ: −∞ would give 0·(∞ − ∞)
+    in the KL divergence.
     """
     lowest = torch.finfo(maps.dtype).min * min(temperature, 1.0) / 2
     return maps.masked_fill(~valid[:, None], lowest)
 
 
 def _means(maps: Tensor, valid: Tensor | None) -> Tensor:
-    """Means over the valid positions [B, C], 0 for an image that has none."""
+    """Mean over the valid positions [B, C], 0 for an image without one."""
     if valid is None:
         return maps.mean(dim=(2, 3))
     count = valid.sum(dim=(1, 2)).clamp_min(1)

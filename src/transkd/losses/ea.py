@@ -17,26 +17,26 @@ __all__ = ["EALoss"]
 
 
 class EALoss(nn.Module):
-    """Help the student's patch embeddings with a second embedding at the teacher's width before comparing.
+    """Add an assistant embedding at the teacher's width to the student's patch embeddings, then compare.
 
-    ``Σ_i w_i · MSE(u_i · Linear_i(E_i) + v_i · M_i, E_i^t)``, where M_1 embeds the image (7×7, stride 4) and
-    M_i the student's features of stage i − 1 (3×3, stride 2). u and v are learnt; they start at 0.1, 0.2, …
-    and 0.5, 0.6, …
+    ``Σ_i w_i · MSE(u_i · Linear_i(E_i) + v_i · M_i, E_i^t)``, where M_1 is a patch embedding of the image (7×7,
+    stride 4) and M_i one of the student's features of stage i − 1 (3×3, stride 2). u and v are trained, initialised
+    with 0.1, 0.2, … and 0.5, 0.6, …
 
     Source: TransKD, arXiv 2202.13393, its section on the Embedding Assistant.
 
     Args:
-        student_channels: channels of each of the student's stages, shallowest first.
-        teacher_channels: channels of each of the teacher's stages.
+        student_channels: channels of every student stage, shallowest first.
+        teacher_channels: channels of every teacher stage.
         stage_weights: w, one per stage.
 
     Shapes:
         Image [B, 3, H, W], features [B, C_i, H_i, W_i] and embeddings [B, N_i, C_i], floating, to a scalar,
-        float32 or float64. `target` is not read.
+        float32 or float64. `target` is not used.
 
     Raises:
-        UserError: weights that do not fit the stages, networks without patch embeddings, with stages or
-            channels other than those given, or a student whose strides are not 4, 8, 16, 32.
+        UserError: the number of weights is not that of the stages, a network has no patch embeddings or other stages or
+            channels than given, or the student's strides are not 4, 8, 16, 32.
 
     Example:
         >>> def output(widths):
@@ -67,11 +67,13 @@ class EALoss(nn.Module):
         self.stage_weights = tuple(stage_weights)
         self.projections = nn.ModuleDict()
         self.assistants = nn.ModuleDict()
-        below = (3, *self.student_channels)
-        for index, (own, other) in enumerate(zip(self.student_channels, self.teacher_channels, strict=True)):
+        input_channels = (3, *self.student_channels)
+        for index, (width, teacher_width) in enumerate(zip(self.student_channels, self.teacher_channels, strict=True)):
             kernel_size, stride = (7, 4) if index == 0 else (3, 2)
-            self.projections[str(index + 1)] = TokenLinear(own, other)
-            self.assistants[str(index + 1)] = OverlapPatchEmbedding(below[index], other, kernel_size, stride)
+            self.projections[str(index + 1)] = TokenLinear(width, teacher_width)
+            self.assistants[str(index + 1)] = OverlapPatchEmbedding(
+                input_channels[index], teacher_width, kernel_size, stride
+            )
         self.assistants.apply(init_vision_weights)
         self.student_share = nn.Parameter(torch.arange(1, count + 1) / 10)  # u = 0.1, 0.2, …
         self.assistant_share = nn.Parameter(torch.arange(5, count + 5) / 10)  # v = 0.5, 0.6, …
@@ -79,33 +81,33 @@ class EALoss(nn.Module):
     def forward(
         self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None
     ) -> Tensor:
-        """Compare the student's assisted embeddings with the teacher's."""
+        """Compare the student's assisted embeddings with the teacher's embeddings."""
         pairs = stage_pairs(self, "embeddings", student, teacher)
         assisted = self.assist(student)
         losses = [
-            weight * mean_squared_error(mine, other)
-            for weight, mine, (_, other) in zip(self.stage_weights, assisted, pairs, strict=True)
+            weight * mean_squared_error(tokens, teacher_tokens)
+            for weight, tokens, (_, teacher_tokens) in zip(self.stage_weights, assisted, pairs, strict=True)
         ]
         return torch.stack(losses).sum()
 
     def assist(self, student: SegmentationOutput) -> tuple[Tensor, ...]:
-        """Give u · Linear(E) + v · M of each stage: [B, N_i, C_i of the teacher]."""
+        """Return u · Linear(E) + v · M of each stage: [B, N_i, C_i of the teacher]."""
         inputs = (student.image, *student.features[:-1])
         assisted = []
-        for index, (below, tokens) in enumerate(zip(inputs, student.embeddings, strict=True)):
+        for index, (source, tokens) in enumerate(zip(inputs, student.embeddings, strict=True)):
             projected = self.projections[str(index + 1)](tokens)
-            helper, grid = self.assistants[str(index + 1)](below)
+            assistant, grid = self.assistants[str(index + 1)](source)
             _check_grid(index + 1, grid, projected.shape[1])
-            # a slice keeps its dimension, and with it the sum is float32 under autocast
+            # slices of shape [1], not scalars: they promote the sum to float32 under autocast
             u, v = self.student_share[index : index + 1], self.assistant_share[index : index + 1]
-            assisted.append(u * projected + v * helper)
+            assisted.append(u * projected + v * assistant)
         return tuple(assisted)
 
 
 def _check_grid(stage: int, grid: tuple[int, int], tokens: int) -> None:
     if grid[0] * grid[1] != tokens:
         raise UserError(
-            f"EALoss assists students with strides 4, 8, 16, 32: at stage {stage} it makes "
+            f"EALoss requires a student with strides 4, 8, 16, 32: at stage {stage} it makes "
             f"{grid[0]} x {grid[1]} tokens, but the student has {tokens}. "
             "Choose such a student, or the term pea."
         )

@@ -1,4 +1,4 @@
-"""FitNets: the student's features regress the teacher's."""
+"""FitNets: regression of the teacher's features from the student's."""
 
 from collections.abc import Sequence
 
@@ -15,29 +15,29 @@ __all__ = ["FitNetLoss"]
 
 
 class FitNetLoss(nn.Module):
-    """Project the student's features to the teacher's width and compare position by position.
+    """Mean squared error between the student's projected features and the teacher's.
 
     ``Σ_stages mean of (regressor(f_s) − f_t)²`` over images, the teacher's channels and positions.
 
-    Source: Romero et al., arXiv 1412.6550, section 2.2. The paper trains on this hint first and distils afterwards;
-    segmentation (CIRKD, whose weight is 10, 1 for SegFormer) adds it to the task's loss from the start, and so do we.
+    Source: Romero et al., arXiv 1412.6550, section 2.2. The paper trains with this hint first and distils afterwards;
+    for segmentation, CIRKD (weight 10, 1 for SegFormer) and this library add it to the task loss from the start.
 
     Args:
-        student_channels: channels of each of the student's stages, shallowest first; all of them.
-        teacher_channels: channels of each of the teacher's stages; all of them.
-        stages: which stages to compare, counted from 1; their values are summed.
-        adapter: the regressor: "conv", a 1×1 convolution without bias, also where the channels are equal; None
-            compares features of equal channels as they are.
-        grid: where to compare: "teacher" resizes the student's features to the teacher's, "student" the teacher's to
-            the student's, "labels" both to the labels; bilinear, align_corners=False.
+        student_channels: channels of every student stage, shallowest first.
+        teacher_channels: channels of every teacher stage.
+        stages: stages to compare, counted from 1; their values are summed.
+        adapter: the regressor: "conv", a 1×1 convolution without bias, also where the channels are equal; None for
+            equal channels without a projection.
+        grid: size at which to compare: that of the "teacher" features, the "student" features or the "labels"; maps of
+            another size are resized bilinearly, align_corners=False.
 
     Shapes:
-        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. A target [B, H, W] is read for
-        its size alone, for grid "labels".
+        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. For grid "labels" a target
+        [B, H, W] gives the size.
 
     Raises:
-        UserError: an unknown adapter or grid, stages that do not exist, channels that differ without an adapter, or
-            are other than those given, or no labels where they are the grid.
+        UserError: the adapter or grid is unknown, a stage does not exist, channels differ without an adapter or from
+            those given, or labels are missing for grid "labels".
 
     Example:
         >>> def output(*widths):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from transkd.errors import UserError
 from transkd.layers.token_linear import TokenLinear
-from transkd.losses.shared.checks import paired_channels, stage_pairs
+from transkd.losses.shared.checks import check_stage, paired_channels, stage_pairs
 from transkd.losses.shared.distances import mean_squared_error
 from transkd.outputs import SegmentationOutput
 
@@ -16,27 +16,27 @@ __all__ = ["GLMixerLoss"]
 
 
 class GLMixerLoss(nn.Module):
-    """Mix the student's patch embedding E globally and locally before comparing it with the teacher's.
+    """Mix global and local context into the student's patch embedding E, then compare it with the teacher's.
 
-    ``MSE(Linear(α · Attn(E) + β · GLU(E) (+ E)), E^t)``: Attn is multi-head self-attention over all tokens,
-    GLU is ``conv(E) · sigmoid(conv(E))`` with 1-d convolutions of width 3 along the tokens in raster
-    order, and α and β are learnt; they start at 0.5.
+    ``MSE(Linear(α · Attn(E) + β · GLU(E) (+ E)), E^t)``: Attn is multi-head self-attention over all tokens, GLU is
+    ``conv(E) · sigmoid(conv(E))`` with 1-d convolutions of kernel size 3 along the tokens in raster order, and α and β
+    are trained, initialised with 0.5.
 
     Source: TransKD, arXiv 2202.13393, its section on the Global-Local Context Mixer.
 
     Args:
-        student_channels: channels of each of the student's stages, shallowest first; all of them.
-        teacher_channels: channels of each of the teacher's stages; all of them.
+        student_channels: channels of every student stage, shallowest first.
+        teacher_channels: channels of every teacher stage.
         stage: the stage to compare, counted from 1.
-        num_heads: heads of the attention; must divide the student's channels at that stage.
-        residual: whether to add E itself to the mixture.
+        num_heads: attention heads; must divide the student's channels at that stage.
+        residual: whether to add E to the sum.
 
     Shapes:
-        Embeddings [B, N_i, C_i], floating, to a scalar, float32 or float64. `target` is not read.
+        Embeddings [B, N_i, C_i], floating, to a scalar, float32 or float64. `target` is not used.
 
     Raises:
-        UserError: a stage that does not exist, heads that do not divide the channels, networks without patch
-            embeddings, or with stages or channels other than those given.
+        UserError: the stage does not exist, the heads do not divide the channels, or a network has no patch embeddings
+            or other stages or channels than given.
 
     Example:
         >>> def output(width):
@@ -59,12 +59,17 @@ class GLMixerLoss(nn.Module):
         super().__init__()
         self.student_channels, self.teacher_channels = paired_channels(self, student_channels, teacher_channels)
         self.stage, self.num_heads, self.residual = stage, num_heads, residual
-        channels = _mixed_channels(self.student_channels, stage, num_heads)
+        channels = self.student_channels[check_stage(self, stage, len(self.student_channels)) - 1]
+        if num_heads < 1 or channels % num_heads:
+            raise UserError(
+                f"GLMixerLoss: num_heads must divide the student's {channels} channels at stage {stage}; "
+                f"got {num_heads}."
+            )
         self.qkv = TokenLinear(channels, 3 * channels, bias=False)
         self.proj = TokenLinear(channels, channels)
         self.value = nn.Conv1d(channels, channels, 3, padding=1)
         self.gate = nn.Conv1d(channels, channels, 3, padding=1)
-        # one element, not a scalar: sharded training cannot shard parameters without dimensions
+        # shape [1], not a scalar: FSDP cannot shard parameters without dimensions
         self.alpha = nn.Parameter(torch.full((1,), 0.5))
         self.beta = nn.Parameter(torch.full((1,), 0.5))
         self.projection = TokenLinear(channels, self.teacher_channels[stage - 1])
@@ -77,7 +82,7 @@ class GLMixerLoss(nn.Module):
         return mean_squared_error(self.projection(self.mix(tokens)), teacher_tokens)
 
     def mix(self, tokens: Tensor) -> Tensor:
-        """Give α · Attn + β · GLU (+ the tokens) of the student's tokens [B, N, C]; the shape stays."""
+        """Return α · Attn(E) + β · GLU(E) (+ E) of the student's tokens E [B, N, C], same shape."""
         mixed = self.alpha * self._attend(tokens) + self.beta * self._gated(tokens)
         return mixed + tokens if self.residual else mixed
 
@@ -92,14 +97,3 @@ class GLMixerLoss(nn.Module):
         sequence = tokens.transpose(1, 2)
         gated: Tensor = self.value(sequence) * self.gate(sequence).sigmoid()
         return gated.transpose(1, 2)
-
-
-def _mixed_channels(student_channels: tuple[int, ...], stage: int, num_heads: int) -> int:
-    if not 1 <= stage <= len(student_channels):
-        raise UserError(f"GLMixerLoss: stage must be from 1 to {len(student_channels)}; got {stage}.")
-    channels = student_channels[stage - 1]
-    if num_heads < 1 or channels % num_heads:
-        raise UserError(
-            f"GLMixerLoss: num_heads must divide the student's {channels} channels at stage {stage}; got {num_heads}."
-        )
-    return channels

@@ -1,4 +1,4 @@
-"""What each term's gradient does to the student, compared with the task's."""
+"""Norms of the terms' gradients on the student and their cosines with the task's gradient."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ __all__ = ["gradient_norm", "gradient_statistics"]
 
 
 def gradient_norm(value: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Euclidean norm of a scalar's gradient with respect to parameters; the graph stays for the backward pass.
+    """Euclidean norm of a scalar's gradient with respect to parameters; the graph is retained for the backward pass.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -22,17 +22,17 @@ def gradient_norm(value: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
 def gradient_statistics(
     values: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], task: str = "task"
 ) -> dict[str, Tensor]:
-    """Norm of each term's gradient on the student, before its weight, and its cosine with the task's.
+    """Norm of each term's unweighted gradient on the student, and its cosine with the task's gradient.
 
-    A cosine near 0 is a term that teaches something else than the task, below 0 one that works against it.
+    A cosine near 0 means that the term's gradient is orthogonal to the task's, below 0 that it opposes it.
 
     Args:
-        values: the terms' scalars by name, as `Criterion` gives them.
-        parameters: the student's.
-        task: the name of the task's term.
+        values: values of the terms by name, as `Criterion` returns them.
+        parameters: of the student.
+        task: name of the task's term.
 
     Returns:
-        ``<name>/norm`` for each term and ``<name>/cosine`` for each but the task; no cosine without a task.
+        ``<name>/norm`` for each term and, if the task is among them, ``<name>/cosine`` for every other term.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -50,12 +50,12 @@ def gradient_statistics(
 
 
 def _flat_gradient(value: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """One vector; zeros for parameters that the value does not depend on."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    gradients = torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
+    """Gradient as one vector, with zeros for parameters that the value does not depend on."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = torch.autograd.grad(value, trainable, retain_graph=True, allow_unused=True)
     return torch.cat(
         [
             (torch.zeros_like(parameter) if gradient is None else gradient).flatten().float()
-            for gradient, parameter in zip(gradients, trained, strict=True)
+            for gradient, parameter in zip(gradients, trainable, strict=True)
         ]
     )

@@ -1,4 +1,4 @@
-"""Intra-class feature variation distillation: how near each position is to the middle of its class."""
+"""Intra-class feature variation distillation: cosine of each position with its class prototype."""
 
 from collections.abc import Sequence
 
@@ -7,39 +7,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.losses.shared.checks import check_choice, check_count, check_stages, require_target
-from transkd.losses.shared.grids import feature_pairs, labels_on_grid, on_grid
+from transkd.losses.shared.grids import class_members, feature_pairs, labels_on_grid, on_grid
 from transkd.losses.shared.pieces import full_precision, positions_of
 from transkd.outputs import SegmentationOutput
 
-__all__ = ["IFVDLoss", "class_members", "prototype_similarity"]
+__all__ = ["IFVDLoss", "prototype_similarity"]
 
 DENOMINATORS = ("valid", "all")
 
 
 class IFVDLoss(nn.Module):
-    """Compare how near the features of each position are to the mean of its class in the same image.
+    """Compare the cosine of each position's features with the mean features of its class in the same image.
 
-    ``Σ_stages 1 / |V| · Σ_{i ∈ V} (c_i^s − c_i^t)²``: V are the positions with a label, in all images of the batch;
-    c_i is the cosine of the features at i and their mean over all positions of the same image and class.
+    ``Σ_stages 1 / |V| · Σ_{i ∈ V} (c_i^s − c_i^t)²``: V is the set of labelled positions in all images of the batch,
+    c_i the cosine of the features at i and their mean over all positions of the same image and class.
 
-    No parameters; the channels may differ. Maps of other sizes are resized bilinearly to the teacher's, labels by
+    No parameters; the channels may differ. Maps of another size are resized bilinearly to the teacher's, labels by
     nearest neighbour. A class with one position in an image has cosine 1 in both networks.
 
-    Source: Wang et al., Intra-class Feature Variation Distillation for Semantic Segmentation, ECCV 2020. The published
-    code divides by all positions, so its strength falls with the share of ignored ones; `denominator` "all" does that.
+    Source: Wang et al., Intra-class Feature Variation Distillation for Semantic Segmentation, ECCV 2020. The reference
+    implementation divides by the number of all positions, so its value decreases with the share of ignored ones;
+    `denominator` "all" reproduces it.
 
     Args:
-        num_classes: K; a position whose label is 255, negative or at least K is left out.
-        stages: which stages to compare, counted from 1; their values are summed. The paper takes the features before
+        num_classes: K; a position whose label is 255, negative or at least K is excluded.
+        stages: stages to compare, counted from 1; their values are summed. The paper uses the features before
             the classifier.
-        denominator: "valid" gives the mean over V, "all" divides by all positions.
+        denominator: "valid" is the mean over V, "all" divides by the number of all positions.
 
     Shapes:
         Stage features [B, C_i, H_i, W_i], floating, and target [B, H, W], int64, to a scalar, float32 or float64.
-        No labelled position at all gives 0.
+        0 without a labelled position.
 
     Raises:
-        UserError: an unknown denominator, a number of classes below 1, stages that do not exist, or no labels.
+        UserError: the denominator is unknown, `num_classes` is below 1, a stage does not exist, or labels are missing.
 
     Example:
         >>> def output(*positions):
@@ -62,36 +63,24 @@ class IFVDLoss(nn.Module):
     def forward(
         self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None
     ) -> Tensor:
-        """Compare the nearness to the means of the classes."""
+        """Compare the cosines with the class means."""
         target = require_target(self, target)
         losses = []
         for pair in feature_pairs(self, self.stages, student, teacher):
-            mine, other = on_grid(self, *pair)
-            members = class_members(*labels_on_grid(target, other.shape[-2:]), self.num_classes).to(mine.dtype)
-            difference = prototype_similarity(mine, members) - prototype_similarity(other, members)
+            maps, teacher_maps = on_grid(self, *pair)
+            members = class_members(*labels_on_grid(target, maps.shape[-2:]), self.num_classes).to(maps.dtype)
+            difference = prototype_similarity(maps, members) - prototype_similarity(teacher_maps, members)
             count = members.sum().clamp_min(1) if self.denominator == "valid" else difference.numel()
             losses.append(difference.square().sum() / count)
         return torch.stack(losses).sum()
 
 
-def class_members(labels: Tensor, valid: Tensor, num_classes: int) -> Tensor:
-    """Which positions belong to each class: bool [B, K, h·w], from labels and valid [B, h, w].
-
-    Example:
-        >>> labels, valid = torch.tensor([[[1, 0]]]), torch.tensor([[[True, False]]])
-        >>> class_members(labels, valid, 2).tolist()
-        [[[False, False], [True, False]]]
-    """
-    classes = torch.arange(num_classes, device=labels.device)[:, None]
-    return (labels.flatten(1)[:, None] == classes) & valid.flatten(1)[:, None]
-
-
 def prototype_similarity(features: Tensor, members: Tensor) -> Tensor:
-    """Cosine of each position's features and the mean of its class in the same image; 0 where there is no class.
+    """Cosine of each position's features and the mean of its class in the same image; 0 at positions without a class.
 
     Args:
         features: [B, C, h, w], at least float32.
-        members: [B, K, h·w], 1 for the positions of each class and else 0.
+        members: [B, K, h·w], 1 at the positions of each class, else 0.
 
     Returns:
         [B, h·w].
@@ -104,6 +93,6 @@ def prototype_similarity(features: Tensor, members: Tensor) -> Tensor:
     with full_precision(features):
         positions = positions_of(features)
         prototypes = members @ positions / members.sum(2, keepdim=True).clamp_min(1)
-        # all K cosines of a position are fewer numbers than its prototype's C channels
+        # compute all K cosines per position: less memory than gathering a prototype of C channels per position
         cosines = F.normalize(prototypes, dim=2, eps=1e-8) @ F.normalize(positions, dim=2, eps=1e-8).mT
     return (cosines * members).sum(1)

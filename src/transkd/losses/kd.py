@@ -1,4 +1,4 @@
-"""Knowledge distillation of the logits, pixel by pixel."""
+"""Knowledge distillation of the logits at each pixel."""
 
 from torch import Tensor, nn
 
@@ -11,27 +11,27 @@ __all__ = ["KDLoss", "pixel_kl"]
 
 
 class KDLoss(nn.Module):
-    """Compare which classes are likely at each pixel: KL between the softened predictions of two networks.
+    """KL divergence between the softened class probabilities of both networks at each pixel.
 
-    ``τ² · mean over pixels of KL(softmax(z_t / τ) ‖ softmax(z_s / τ))``, soft-maxes over the classes; no parameters.
+    ``τ² · mean over pixels of KL(softmax(z_t / τ) ‖ softmax(z_s / τ))``, softmax over the classes; no parameters.
 
-    Source: Hinton et al., arXiv 1503.02531, section 2, at each pixel as CIRKD (arXiv 2204.06986) does. Published codes
-    differ in scale: a mean over images alone is h·w times larger, one over all elements K times smaller and often
-    without τ². Their weights belong to their scaling, not to this one.
+    Source: Hinton et al., arXiv 1503.02531, section 2, at each pixel as in CIRKD (arXiv 2204.06986). Published
+    implementations differ in scale: a mean over images alone is h·w times larger, one over all elements K times
+    smaller and often without τ². Their weights cannot be used here without rescaling.
 
     Args:
-        temperature: τ > 0; a larger one flattens the distributions. CIRKD takes 1, classification usually 4.
-        grid: where to compare: "teacher" resizes the student's logits to the teacher's, "student" the teacher's to the
-            student's, "labels" both to the labels; bilinear, align_corners=False.
-        mask_ignored: take the mean over the pixels that have a label, not over all. Off by default, as published.
+        temperature: τ > 0; larger values flatten the distributions. CIRKD uses 1, classification usually 4.
+        grid: size at which to compare: that of the "teacher" logits, the "student" logits or the "labels"; logits of
+            another size are resized bilinearly, align_corners=False.
+        mask_ignored: average over the labelled pixels only. False by default, as published.
 
     Shapes:
-        Logits [B, K, h, w] of both, K ≥ 2, to a scalar, float32 or float64. A target [B, H, W] is read for
-        `mask_ignored` and for grid "labels". No labelled pixel at all gives 0.
+        Logits [B, K, h, w] of both, K ≥ 2, to a scalar, float32 or float64. A target [B, H, W] is used for
+        `mask_ignored` and for grid "labels". 0 without a labelled pixel.
 
     Raises:
-        UserError: an unknown grid, a temperature that is not positive, no logits, no labels where they are read,
-            networks with different numbers of classes, or with a single one.
+        UserError: the grid is unknown, the temperature is not positive, logits or required labels are missing, or the
+            networks have different numbers of classes or a single class.
 
     Example:
         >>> import torch
@@ -61,16 +61,16 @@ class KDLoss(nn.Module):
 
 
 def pixel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
-    """`spatial_kl` as a mean over the valid positions of the whole batch; 0 where there are none.
+    """Mean of `spatial_kl` over the valid positions of the batch; 0 without a valid position.
 
     Args:
         student: [B, C, h, w], floating.
-        teacher: [B, C, h, w]; a constant.
+        teacher: [B, C, h, w]; detached.
         temperature: τ > 0.
-        valid: bool [B, h, w]; None takes all positions.
+        valid: bool [B, h, w], positions to include; None includes all.
     """
     if valid is None:
         return spatial_kl(student, teacher, temperature)
-    hidden = ~valid[:, None]  # both uniform there: their KL is exactly 0, and so is its gradient
+    hidden = ~valid[:, None]  # equal logits there: the KL divergence and its gradient are exactly 0
     mean_over_all = spatial_kl(student.masked_fill(hidden, 0), teacher.masked_fill(hidden, 0), temperature)
     return mean_over_all * valid.numel() / valid.sum().clamp_min(1)

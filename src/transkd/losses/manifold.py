@@ -1,4 +1,4 @@
-"""Distillation of the manifold on which patches lie, by the relations between them."""
+"""Manifold distillation: relations between patches within an image, across images and in a random sample."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses.shared.checks import check_count, check_stages
+from transkd.losses.shared.checks import check_count, check_share, check_stages
 from transkd.losses.shared.grids import feature_pairs, on_grid
 from transkd.losses.shared.pieces import positions_of
 from transkd.losses.shared.relations import check_rows, relation_error, unit
@@ -16,41 +16,41 @@ __all__ = ["ManifoldLoss", "inter_error", "intra_error", "random_error"]
 
 
 class ManifoldLoss(nn.Module):
-    """Compare how similar patches are to each other: within an image, across images, and in a random sample.
+    """Compare the cosines between patches within an image, across images, and in a random sample.
 
-    On tokens u [B, N, C] of length 1, of student and teacher, A the matrix of their products, mean squared
-    differences of:
+    With u [B, N, C] the features of student and teacher divided by their norm and A the Gram matrix of a set of them,
+    the parts are mean squared differences of:
 
         intra    A between the N positions of an image, for each image
         inter    A between the B images at a position, for each position
-        random   A between R positions drawn from all B·N without replacement, anew at each call
+        random   A between R positions sampled from all B·N without replacement at each call
 
-    ``4·intra + 0.1·inter + 0.2·random``, and the mean of that over the stages. No parameters; channels may differ.
-    With a batch of one, inter is 0. The draw is from torch's global generator; up to R positions, all are taken.
-    Each of several processes relates its own images alone and draws R positions of them, so inter and random are not
-    those of the joined batch.
+    ``4·intra + 0.1·inter + 0.2·random``, averaged over the stages. No parameters; channels may differ. With a batch of
+    one, inter is 0. Positions are sampled with torch's global generator; all are used if there are at most R. In
+    distributed training each process relates only its own images, so inter and random differ from those of one process
+    with the joined batch.
 
-    The publication pairs blocks of two plain transformers; of an encoder with stages it is the last block of each,
-    which is what the stage's features are. The N×N matrices are compared exactly without being built, so that its
-    device against memory, merging patches, is not needed. Networks show no class tokens here; in the published code
-    a teacher that has more of them than the student is compared at wrong positions.
+    The paper pairs blocks of two plain transformers. For an encoder with stages these are the last blocks of the
+    stages, whose output is the stage feature. The N×N matrices are compared exactly without being stored, so the
+    paper's patch merging, which saves memory, is not needed. Networks here return no class tokens; the reference
+    implementation compares wrong positions if the teacher has more class tokens than the student.
 
-    Source: Hao et al., arXiv 2107.01378; the weights and R are those of its code's recipe, which has a
-    weight of 1 for the KD of logits beside it and none for the task.
+    Source: Hao et al., arXiv 2107.01378; the weights and R are those of the recipe in its code, which also uses KD
+    of the logits with weight 1 and no task loss.
 
     Args:
-        stages: which stages to compare, counted from 1.
-        intra_weight: of intra; 0 leaves a part out.
-        inter_weight: of inter.
-        random_weight: of random.
-        samples: R.
+        stages: stages to compare, counted from 1.
+        intra_weight: weight of intra; a weight of 0 disables the part.
+        inter_weight: weight of inter.
+        random_weight: weight of random.
+        samples: R, sampled positions.
 
     Shapes:
         Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. The student's maps are resized
-        bilinearly to the teacher's where sizes differ. `target` is not read.
+        bilinearly to the teacher's where sizes differ. `target` is not used.
 
     Raises:
-        UserError: weights that are negative or all 0, less than one sample, or networks without these stages.
+        UserError: a weight is negative or all are 0, `samples` is below 1, or a stage does not exist.
 
     Example:
         >>> def output(width):
@@ -73,8 +73,7 @@ class ManifoldLoss(nn.Module):
         self.stages = check_stages(self, stages)
         weights = {"intra": intra_weight, "inter": inter_weight, "random": random_weight}
         for name, weight in weights.items():
-            if not 0 <= weight < float("inf"):
-                raise UserError(f"ManifoldLoss: {name}_weight must be a number from 0 on; got {weight}.")
+            check_share(self, f"{name}_weight", weight)
         self.weights = {name: weight for name, weight in weights.items() if weight}
         if not self.weights:
             raise UserError("ManifoldLoss has no part to compute: give one of its weights a value above 0.")
@@ -86,9 +85,9 @@ class ManifoldLoss(nn.Module):
     ) -> Tensor:
         """Compare the relations."""
         losses = []
-        for feature, other in feature_pairs(self, self.stages, student, teacher):
-            tokens, other_tokens = (positions_of(maps) for maps in on_grid(self, feature, other))
-            losses += [weight * self._part(name, tokens, other_tokens) for name, weight in self.weights.items()]
+        for pair in feature_pairs(self, self.stages, student, teacher):
+            tokens, teacher_tokens = (positions_of(maps) for maps in on_grid(self, *pair))
+            losses += [weight * self._part(name, tokens, teacher_tokens) for name, weight in self.weights.items()]
         return torch.stack(losses).sum() / len(self.stages)
 
     def _part(self, name: str, student: Tensor, teacher: Tensor) -> Tensor:
@@ -98,14 +97,14 @@ class ManifoldLoss(nn.Module):
 
 
 def intra_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the similarities between the positions of each image.
+    """Mean squared difference of the cosines between the positions of each image.
 
     Args:
         student: [B, N, C], at least float32.
-        teacher: [B, N, C'], the same positions; a constant.
+        teacher: [B, N, C'], the same positions; detached.
 
     Raises:
-        UserError: images or positions differ in number.
+        UserError: the numbers of images or positions differ.
 
     Example:
         >>> alike, orthogonal = torch.ones(1, 2, 2), torch.eye(2)[None]
@@ -116,7 +115,7 @@ def intra_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def inter_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the similarities between the images of a batch at each position, see `intra_error`.
+    """Mean squared difference of the cosines between the images of a batch at each position, see `intra_error`.
 
     Example:
         >>> alike, orthogonal = torch.ones(2, 1, 2), torch.eye(2)[:, None]
@@ -128,13 +127,13 @@ def inter_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def random_error(student: Tensor, teacher: Tensor, samples: int = 192, *, index: Tensor | None = None) -> Tensor:
-    """Mean squared difference of the similarities between random positions of the batch, see `intra_error`.
+    """Mean squared difference of the cosines between random positions of the batch, see `intra_error`.
 
     Args:
         student: [B, N, C], at least float32.
-        teacher: [B, N, C'], the same positions; a constant.
-        samples: how many of the B·N positions to draw, without replacement; all where there are no more.
-        index: these positions instead, counted image by image.
+        teacher: [B, N, C'], the same positions; detached.
+        samples: number of the B·N positions to sample without replacement; all if there are fewer.
+        index: positions to use instead, as indices into the B·N positions, image by image.
 
     Example:
         >>> alike, orthogonal = torch.ones(1, 2, 2), torch.eye(2)[None]
@@ -142,9 +141,9 @@ def random_error(student: Tensor, teacher: Tensor, samples: int = 192, *, index:
         tensor(0.5000)
     """
     check_rows(student, teacher)
-    rows, other_rows = student.flatten(0, 1), teacher.detach().flatten(0, 1)
+    rows, teacher_rows = student.flatten(0, 1), teacher.detach().flatten(0, 1)
     if index is None and samples < len(rows):
         index = torch.randperm(len(rows), device=rows.device)[:samples]
     if index is not None:
-        rows, other_rows = rows[index], other_rows[index]
-    return relation_error(unit(rows)[None], unit(other_rows)[None])
+        rows, teacher_rows = rows[index], teacher_rows[index]
+    return relation_error(unit(rows)[None], unit(teacher_rows)[None])

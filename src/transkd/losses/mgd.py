@@ -20,37 +20,39 @@ REDUCTIONS = ("sum", "mean")
 
 
 class MGDLoss(nn.Module):
-    """Hide part of the student's features and generate the teacher's whole features from the rest.
+    """Mask part of the student's features and generate the teacher's features from the rest.
 
     ``α / B · Σ (G(A(F) · M) − F^t)²`` over channels and positions, summed over the stages. A is a 1×1 convolution,
-    and absent where both have the same channels; G is conv3x3, ReLU, conv3x3; M is 0 with probability `mask_ratio`
-    and else 1, drawn anew at each call, in evaluation too, from torch's global generator. What is kept is not
-    rescaled. Maps of other sizes are resized bilinearly to the teacher's; the published code asks for equal sizes.
-    Each of several processes draws M for its own images, so they hide other places than one with the joined batch.
+    omitted where both have the same channels; G is conv3x3, ReLU, conv3x3; M is 0 with probability `mask_ratio` and
+    else 1, sampled at each call, also in eval mode, with torch's global generator. Unmasked features are not rescaled.
+    Maps of another size are resized bilinearly to the teacher's; the reference implementation requires equal sizes. In
+    distributed training each process samples M for its own images, so the masks differ from those of one process with
+    the joined batch.
 
-    The sum grows with channels and positions: α = 2e-5 belongs to 2048 channels of 64×64 positions, where it is 168
-    times the mean. Smaller maps need a larger α (512 channels of 16×16: 1.3e-3 for the same factor), or
-    `reduction` "mean" with an α of that size.
+    The sum grows with channels and positions: α = 2e-5 is published for 2048 channels of 64×64 positions, where the
+    value is 168 times the mean. Smaller maps need a larger α (512 channels of 16×16: 1.3e-3 for the same factor), or
+    `reduction` "mean" with an α of about 168.
 
     Source: Yang et al., arXiv 2205.01529, section 3.
 
     Args:
-        student_channels: channels of each of the student's stages, shallowest first; all of them.
-        teacher_channels: channels of each of the teacher's stages; all of them.
-        stages: which stages to compare, counted from 1.
-        mask: what is hidden together: "spatial" hides positions in all channels, as for segmentation and detection,
-            "channel" hides whole channels, as for classification.
-        mask_ratio: probability to be hidden, from 0 to 1; the paper's are 0.75 for segmentation, 0.65 for
-            detection and 0.15 for classification.
-        alpha: α > 0, a part of the loss whatever the reduction; the paper's are 2e-5, and 7e-5 for classification.
-        reduction: "sum" over channels and positions, as published, or their "mean", which does not grow with the map.
+        student_channels: channels of every student stage, shallowest first.
+        teacher_channels: channels of every teacher stage.
+        stages: stages to compare, counted from 1.
+        mask: "spatial" masks positions in all channels, as for segmentation and detection, "channel" masks whole
+            channels, as for classification.
+        mask_ratio: probability of being masked, from 0 to 1; in the paper 0.75 for segmentation, 0.65 for detection and
+            0.15 for classification.
+        alpha: α > 0, applied with either reduction; in the paper 2e-5, and 7e-5 for classification.
+        reduction: "sum" over channels and positions, as published, or their "mean", which is independent of the map
+            size.
 
     Shapes:
-        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not read.
+        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not used.
 
     Raises:
-        UserError: stages that do not exist, an unknown mask or reduction, a ratio outside of [0, 1], an α that is
-            not positive, or networks with stages or channels other than those given.
+        UserError: a stage does not exist, the mask or reduction is unknown, `mask_ratio` is outside [0, 1], α is not
+            positive, or the networks have other stages or channels than given.
 
     Example:
         >>> def output(widths):
@@ -75,12 +77,7 @@ class MGDLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.student_channels, self.teacher_channels = paired_channels(self, student_channels, teacher_channels)
-        self.stages = check_stages(self, stages)
-        if max(self.stages) > len(self.student_channels):
-            raise UserError(
-                f"MGDLoss: stages must be from 1 to {len(self.student_channels)}, for which there are channels; "
-                f"got {list(stages)}."
-            )
+        self.stages = check_stages(self, stages, len(self.student_channels))
         check_choice(self, "mask", mask, MASKS)
         check_choice(self, "reduction", reduction, REDUCTIONS)
         if not 0 <= mask_ratio <= 1:
@@ -96,14 +93,15 @@ class MGDLoss(nn.Module):
     def forward(
         self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None
     ) -> Tensor:
-        """Compare what is generated from the student's masked features with the teacher's."""
+        """Compare the features generated from the student's masked features with the teacher's."""
         pairs = stage_pairs(self, "features", student, teacher)
         losses = []
         for stage, align in self.align.items():
-            feature, other = pairs[int(stage) - 1]
-            aligned, other = on_grid(self, align(feature), other)
+            feature, teacher_feature = pairs[int(stage) - 1]
+            aligned, teacher_feature = on_grid(self, align(feature), teacher_feature)
             mask = draw_mask(aligned, self.mask, self.mask_ratio)
-            losses.append(generation_error(aligned, other, self.generators[stage], mask=mask, reduction=self.reduction))
+            generator = self.generators[stage]
+            losses.append(generation_error(aligned, teacher_feature, generator, mask=mask, reduction=self.reduction))
         return self.alpha * torch.stack(losses).sum()
 
 
@@ -115,14 +113,14 @@ def generation_error(
     mask: Tensor,
     reduction: str = "sum",
 ) -> Tensor:
-    """Squared error between ``generator(student · mask)`` and the teacher's features, before α.
+    """Squared error between ``generator(student · mask)`` and the teacher's features, without α.
 
     Args:
-        student: [B, C, h, w], in the teacher's width and size, at least float32.
-        teacher: [B, C, h, w], at least float32; a constant.
+        student: [B, C, h, w], with the teacher's channels and size, at least float32.
+        teacher: [B, C, h, w], at least float32; detached.
         generator: [B, C, h, w] to [B, C, h, w].
-        mask: 0 hides, 1 keeps; [B, 1, h, w] or [B, C, 1, 1].
-        reduction: "sum" over channels and positions and the mean over images, or the "mean" over all.
+        mask: 0 for masked, 1 for kept; [B, 1, h, w] or [B, C, 1, 1].
+        reduction: "sum" over channels and positions, averaged over images, or "mean" over all elements.
 
     Example:
         >>> pair = torch.full((2, 3, 4, 4), 2.0), torch.zeros(2, 3, 4, 4)
@@ -134,7 +132,7 @@ def generation_error(
 
 
 def draw_mask(features: Tensor, kind: str, ratio: float) -> Tensor:
-    """A mask for features [B, C, h, w], 0 with probability `ratio` and else 1.
+    """Sample a mask for features [B, C, h, w], 0 with probability `ratio` and else 1.
 
     Returns:
         [B, 1, h, w] for kind "spatial", [B, C, 1, 1] for "channel".

@@ -16,41 +16,42 @@ LOWEST_LOG_SHARE = -100.0
 
 
 class PDDLoss(nn.Module):
-    """Compare how likely the student finds the label with what teacher and label together say.
+    """Divergence of the student's target / non-target probabilities from those of teacher and label.
 
-    At each position, with the two shares π = (probability of the label, probability of all other classes together):
+    At each position, with the two probabilities π = (of the label, of all other classes together):
 
         variant "mixture":  m = ½·(π_t + (1, 0))
                             mean over valid positions of  α·π_s[0]·ln(π_s[0] / m[0]) + β·π_s[1]·ln(π_s[1] / m[1])
         variant "dkd":      α·TCKD + β·NCKD of `DKDLoss`, at temperature 1
 
-    With α = β the mixture is α·KL(π_s ‖ m), whose minimum 0 lies at π_s = m; with α ≠ β it can be negative. How the
-    other classes rank among themselves is seen by "dkd" alone.
+    With α = β the mixture variant is α·KL(π_s ‖ m), with its minimum 0 at π_s = m; with α ≠ β it can be negative. Only
+    "dkd" compares the ranking of the other classes.
 
-    What is published: the abstract says that labels and the teacher's predictions together supervise the student,
-    decoupled into target and non-target classes. The authors' training script calls a function with α = β = 0.5 and
-    temperature 1 on logits upsampled to the labels, and adds no cross-entropy; the file with that function is not in
-    their repository, and we have not seen the paper's equations. "mixture" follows what others report of
-    equations 8 and 9 (a divergence of the student from "teacher plus ground truth" over these two shares); the ½ is
-    ours, for m to be a distribution, and with α = β changes the value by a constant alone. "dkd" is what the call in
-    the script suggests. Under "mixture" the logarithm of a sure teacher's π_t[1] counts as −100 at least, so that no
-    single position rules the mean.
+    The method is only partly published. According to the abstract, labels and the teacher's predictions together
+    supervise the student, decoupled into target and non-target classes. The authors' training script calls a function
+    with α = β = 0.5 and temperature 1 on logits upsampled to the labels, without a cross-entropy; that function is not
+    in their repository, and the equations of the paper were not available to us. "mixture" follows a secondary
+    description of equations 8 and 9 (a divergence of the student from "teacher plus ground truth" over the two
+    probabilities); the ½ is our addition, which makes m a distribution and with α = β changes the value by a constant.
+    "dkd" is what the call in the script suggests. In "mixture", ln π_t[1] of a confident teacher is clamped at −100, so
+    that single positions do not dominate the mean.
 
     Source: Zheng et al., C2VKD, arXiv 2310.07265, its Pixel-wise Decoupled Distillation.
 
     Args:
-        alpha: of the label's share; 0.5 is the script's.
-        beta: of the other classes; 0.5 is the script's.
+        alpha: weight of the label's summand; 0.5 in the authors' script.
+        beta: weight of the other classes' summand; 0.5 in the authors' script.
         variant: "mixture" or "dkd".
-        grid: where to compare: "labels" as in the script, "teacher" or "student"; logits of another size are resized
-            bilinearly, align_corners=False, labels by nearest neighbour.
+        grid: size at which to compare: "labels" as in the script, "teacher" or "student"; logits of another size are
+            resized bilinearly, align_corners=False, labels by nearest neighbour.
 
     Shapes:
         Logits [B, K, h, w] of both, K ≥ 2, and a target [B, H, W], 255 or negative = ignored, to a scalar, float32
         or float64.
 
     Raises:
-        UserError: a setting out of range, no labels, no logits, a single class, or networks with different classes.
+        UserError: a setting is out of range, labels or logits are missing, or the networks have different numbers of
+            classes or a single class.
 
     Example:
         >>> import torch
@@ -77,20 +78,20 @@ class PDDLoss(nn.Module):
     ) -> Tensor:
         """Compare the logits."""
         target = require_target(self, target)
-        ours, theirs = logits_pair(self, student, teacher, self.grid, target)
-        compare = mixture_divergence if self.variant == "mixture" else decoupled
-        label, others = compare(ours, theirs, *labels_on_grid(target, theirs.shape[-2:]))
+        logits, teacher_logits = logits_pair(self, student, teacher, self.grid, target)
+        divergence = mixture_divergence if self.variant == "mixture" else decoupled
+        label, others = divergence(logits, teacher_logits, *labels_on_grid(target, logits.shape[-2:]))
         return self.alpha * label + self.beta * others
 
 
 def mixture_divergence(student: Tensor, teacher: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """The two summands of KL(π_s ‖ m) of `PDDLoss`: that of the label and that of all other classes together.
+    """Return the two summands of KL(π_s ‖ m) of `PDDLoss`: of the label, and of all other classes together.
 
     Args:
         student: logits [B, K, h, w], at least float32.
-        teacher: the same shape; a constant.
-        labels: int64 [B, h, w]; any class where not valid.
-        valid: bool [B, h, w]; nothing else counts.
+        teacher: the same shape; detached.
+        labels: int64 [B, h, w]; any class at invalid positions.
+        valid: bool [B, h, w], positions to include.
 
     Example:
         >>> import torch

@@ -7,35 +7,35 @@ from torch import Tensor, nn
 
 from transkd.errors import UserError
 from transkd.layers.token_linear import TokenLinear
-from transkd.losses.shared.checks import paired_channels, stage_pairs
+from transkd.losses.shared.checks import check_stages, paired_channels, stage_pairs
 from transkd.losses.shared.distances import mean_squared_error
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["DEFAULT_STAGE_WEIGHTS", "PEALoss"]
 
 DEFAULT_STAGE_WEIGHTS = (0.1, 0.1, 0.5, 1.0)
-"""Of stages 1 to 4, as published."""
+"""Published weights of stages 1 to 4."""
 
 
 class PEALoss(nn.Module):
-    """Project the student's patch embeddings to the teacher's width and compare.
+    """Mean squared error between the student's projected patch embeddings and the teacher's.
 
-    ``Σ_i w_i · MSE(Linear_i(E_i), E_i^t)`` over the chosen stages.
+    ``Σ_i w_i · MSE(Linear_i(E_i), E_i^t)`` over the selected stages.
 
     Source: TransKD, arXiv 2202.13393, its section on Patch Embedding Alignment.
 
     Args:
-        student_channels: channels of each of the student's stages, shallowest first; all of them.
-        teacher_channels: channels of each of the teacher's stages; all of them.
-        stages: which stages to compare, counted from 1.
-        stage_weights: one weight per chosen stage; None gives stages 1 to 4 the weights 0.1, 0.1, 0.5 and 1.
+        student_channels: channels of every student stage, shallowest first.
+        teacher_channels: channels of every teacher stage.
+        stages: stages to compare, counted from 1.
+        stage_weights: one weight per selected stage; None uses 0.1, 0.1, 0.5 and 1 for stages 1 to 4.
 
     Shapes:
-        Embeddings [B, N_i, C_i], floating, to a scalar, float32 or float64. `target` is not read.
+        Embeddings [B, N_i, C_i], floating, to a scalar, float32 or float64. `target` is not used.
 
     Raises:
-        UserError: stages that do not exist, weights that do not fit them, networks without patch embeddings,
-            or with stages or channels other than those given.
+        UserError: a stage does not exist, the number of weights is not that of the stages, or a network has no patch
+            embeddings or other stages or channels than given.
 
     Example:
         >>> def output(widths):
@@ -57,7 +57,8 @@ class PEALoss(nn.Module):
     ) -> None:
         super().__init__()
         self.student_channels, self.teacher_channels = paired_channels(self, student_channels, teacher_channels)
-        self.stage_weights = _weights_by_stage(stages, stage_weights, len(self.student_channels))
+        stages = check_stages(self, stages, len(self.student_channels))
+        self.stage_weights = _weights_by_stage(stages, stage_weights)
         self.projections = nn.ModuleDict(
             {
                 str(stage): TokenLinear(self.student_channels[stage - 1], self.teacher_channels[stage - 1])
@@ -77,18 +78,14 @@ class PEALoss(nn.Module):
         return torch.stack(losses).sum()
 
 
-def _weights_by_stage(stages: Sequence[int], weights: Sequence[float] | None, count: int) -> dict[int, float]:
-    if not stages or len(set(stages)) != len(stages) or not set(stages) <= set(range(1, count + 1)):
-        raise UserError(
-            f"PEALoss: stages must be different numbers from 1 to {count}, one at least; got {list(stages)}."
-        )
+def _weights_by_stage(stages: Sequence[int], weights: Sequence[float] | None) -> dict[int, float]:
     if weights is None:
         if max(stages) > len(DEFAULT_STAGE_WEIGHTS):
-            raise UserError(f"PEALoss: stages beyond 4 have no default; set stage_weights for {list(stages)}.")
+            raise UserError(f"PEALoss: stages above 4 have no default weight; set stage_weights for {list(stages)}.")
         weights = [DEFAULT_STAGE_WEIGHTS[stage - 1] for stage in stages]
     if len(weights) != len(stages):
         raise UserError(
-            f"PEALoss: stage_weights must give one weight per chosen stage; got {len(weights)} weights "
+            f"PEALoss: stage_weights must give one weight per selected stage; got {len(weights)} weights "
             f"{list(weights)} for {len(stages)} stages {list(stages)}."
         )
     return dict(zip(stages, weights, strict=True))

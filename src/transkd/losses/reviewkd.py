@@ -16,34 +16,34 @@ __all__ = ["ReviewKDLoss"]
 
 
 class ReviewKDLoss(nn.Module):
-    """Fuse the student's features from deep to shallow under attention and compare each with the teacher's.
+    """Fuse the student's features from deep to shallow by attention and compare each with the teacher's.
 
-    From the deepest stage to the shallowest, with a residual R of `mid_channels`:
+    From the deepest stage to the shallowest, with a residual R of `mid_channels` channels:
 
         X_i = BN(conv1x1(F_i)),  U = nearest-upsample(R_{i+1})
-        (p, q) = sigmoid(conv1x1([X_i ; U])), one pair per position; the two need not sum to 1
+        (p, q) = sigmoid(conv1x1([X_i ; U])), per position; p + q need not be 1
         R_i = p·X_i + q·U       (the deepest stage: R = X)
         loss = Σ_i hierarchical_context(BN(conv3x3(R_i)), teacher's F_i)
 
-    A map whose size differs from the teacher's is resized to it bilinearly. The published code leaves levels of the
-    hierarchical context out by the map's height alone and, for classification, has square sizes written into it; here
-    the shorter side counts and any sizes fit. Each of several processes normalises by the statistics of its own images
-    alone, unless `trainer.sync_batchnorm=true` synchronises them.
+    A map whose size differs from the teacher's is resized to it bilinearly. The reference implementation selects the
+    levels of the hierarchical context by the map's height alone and hard-codes square sizes for classification; here
+    the shorter side is used and any size works. In distributed training each process uses the batch statistics of its
+    own images unless `trainer.sync_batchnorm=true`.
 
-    Source: Chen et al., arXiv 2104.09044, section 3; the fusion is that of its code for detection.
+    Source: Chen et al., arXiv 2104.09044, section 3; the fusion is that of its detection code.
 
     Args:
-        student_channels: channels of each of the student's stages, shallowest first.
-        teacher_channels: channels of each of the teacher's stages.
-        mid_channels: width of the residual; 64 is TransKD's for SegFormer-B0 under B2, the paper's code has 256 for
-            detection and up to 512 for classification.
+        student_channels: channels of every student stage, shallowest first.
+        teacher_channels: channels of every teacher stage.
+        mid_channels: channels of the residual; 64 in TransKD for SegFormer-B0 with a B2 teacher; 256 in the paper's
+            detection code, up to 512 in its classification code.
 
     Shapes:
-        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not read.
+        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not used.
 
     Raises:
-        UserError: a width that is not positive; stages or channels other than those given; in training, a batch of
-            one with a 1×1 map.
+        UserError: `mid_channels` is not positive, the outputs have other stages or channels than given, or a batch of
+            one has a 1×1 map in training mode.
 
     Example:
         >>> def output(widths):
@@ -76,17 +76,17 @@ class ReviewKDLoss(nn.Module):
         self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None
     ) -> Tensor:
         """Compare the student's fused features with the teacher's features."""
-        own, others = zip(*stage_pairs(self, "features", student, teacher), strict=True)
-        pairs = [on_grid(self, fused, other) for fused, other in zip(self.fuse(own), others, strict=True)]
+        features, teacher_features = zip(*stage_pairs(self, "features", student, teacher), strict=True)
+        pairs = [on_grid(self, *pair) for pair in zip(self.fuse(features), teacher_features, strict=True)]
         return torch.stack([hierarchical_context(*pair) for pair in pairs]).sum()
 
     def fuse(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Give the maps that are compared, [B, C_i of the teacher, H_i, W_i], shallowest first."""
+        """Return the maps to compare, [B, C_i of the teacher, H_i, W_i], shallowest first."""
         return fuse_from_deepest(self.stages.values(), features)
 
 
 class _FusionStage(nn.Module):
-    """One stage: the student's map and the deeper residual to the own residual and the map to compare."""
+    """One stage: maps the student's feature F_i and the residual R_{i+1} to R_i and BN(conv3x3(R_i))."""
 
     def __init__(self, channels: int, target_channels: int, mid_channels: int, *, attends: bool) -> None:
         super().__init__()
@@ -101,8 +101,8 @@ class _FusionStage(nn.Module):
         reduced: Tensor = self.reduce(feature)
         if residual is not None:
             upsampled = F.interpolate(residual, size=reduced.shape[-2:], mode="nearest")
-            keep, take = self.attention(torch.cat((reduced, upsampled), 1)).sigmoid().split(1, dim=1)
-            reduced = keep * reduced + take * upsampled
+            p, q = self.attention(torch.cat((reduced, upsampled), 1)).sigmoid().split(1, dim=1)
+            reduced = p * reduced + q * upsampled
         return reduced, self.expand(reduced)
 
 

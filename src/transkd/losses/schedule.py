@@ -1,4 +1,4 @@
-"""When a term counts: a factor on its weight that depends on the step alone."""
+"""Schedules of a term's weight: a factor that depends on the training step."""
 
 import math
 from typing import NamedTuple
@@ -12,10 +12,10 @@ UNITS = ("run", "epoch", "step")
 
 
 class Progress(NamedTuple):
-    """Where a run is.
+    """Progress of a run.
 
     Attributes:
-        step: optimiser steps done.
+        step: completed optimiser steps.
         steps: optimiser steps of the whole run.
         epochs: epochs of the whole run.
     """
@@ -25,31 +25,31 @@ class Progress(NamedTuple):
     epochs: int
 
     def measured_in(self, unit: str) -> float:
-        """The same place in another unit: a fraction of the run, epochs, or steps."""
+        """Progress as a fraction of the run, in epochs, or in steps."""
         return {"run": 1.0, "epoch": float(self.epochs), "step": float(self.steps)}[unit] * self.step / self.steps
 
 
 class Schedule:
-    """A factor that rises from 0 to 1, stays, and falls to 0 again.
+    """Trapezoidal factor of a weight: 0, a ramp up to 1, 1, a ramp down to 0.
 
         0 before ``start``; up to 1 within ``rise`` after it; 1; down to 0 within ``fall`` before ``end``; then 0
 
-    With x the way through a ramp, linear is x or 1 - x, cosine ½(1 ∓ cos πx); a ramp of length 0 is a switch. It
-    depends on the step alone, so a resumed run goes on where it was. Examples: the epoch warm-up of DKD (arXiv
-    2203.08679) and ReviewKD (arXiv 2104.09044) in their published code, ``min(epoch / 20, 1)``, is
-    ``Schedule(rise=20, unit="epoch")``; distillation in the first 80 % of a run, as in DearKD's first stage (arXiv
-    2204.12997), is ``Schedule(end=0.8)``. DearKD's paper does not publish its length: 0.8 is this project's choice.
+    With x in [0, 1] the progress within a ramp, a linear ramp is x or 1 − x, a cosine ramp ½(1 ∓ cos πx); a ramp of
+    length 0 is a step. The factor depends only on the training step, so a resumed run continues correctly. Examples:
+    the epoch warm-up of DKD (arXiv 2203.08679) and ReviewKD (arXiv 2104.09044) in their published code, ``min(epoch /
+    20, 1)``, is ``Schedule(rise=20, unit="epoch")``; distillation in the first 80 % of a run, as in DearKD's first
+    stage (arXiv 2204.12997), is ``Schedule(end=0.8)``. DearKD does not publish that length; 0.8 is our choice.
 
     Args:
-        start: where it begins.
-        rise: length of the way up.
-        end: where it is over; None: never.
-        fall: length of the way down, which ends at ``end``.
-        shape: "linear" or "cosine", of both ramps.
-        unit: of all four lengths: "run" (fractions of the run), "epoch" or "step".
+        start: begin of the upward ramp.
+        rise: length of the upward ramp.
+        end: end of the downward ramp; None for no end.
+        fall: length of the downward ramp.
+        shape: shape of both ramps, "linear" or "cosine".
+        unit: unit of the four values above: "run" (fraction of the run), "epoch" or "step".
 
     Raises:
-        UserError: an unknown shape or unit, a length below 0, or a schedule that never turns on.
+        UserError: the shape or unit is unknown, a value is negative, or the factor is 0 at every step.
 
     Example:
         >>> schedule = Schedule(end=0.75, fall=0.5)
@@ -80,7 +80,7 @@ class Schedule:
         self.shape, self.unit = shape, unit
 
     def __call__(self, progress: Progress) -> float:
-        """The factor, 0 to 1."""
+        """Return the factor, from 0 to 1."""
         if self.start >= Progress(progress.steps, progress.steps, progress.epochs).measured_in(self.unit):
             raise UserError(
                 f"Schedule: it never turns on: start={self.start:g} in units of a {self.unit}, but the run has "

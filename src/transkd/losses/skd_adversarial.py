@@ -1,4 +1,4 @@
-"""Structured knowledge distillation, its holistic part: a discriminator between two networks' logits."""
+"""Structured knowledge distillation, holistic part: a discriminator on both networks' logits."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,46 +28,47 @@ __all__ = [
 
 KINDS = ("hinge", "wgan")
 SMALLEST = 64
-"""Sides of a map of which four halvings leave the 4×4 that the last convolution reads."""
+"""Smallest side of the logits: four convolutions of stride 2 leave the 4×4 of the last convolution."""
 
 
 class SKDAdversarialLoss(nn.Module):
-    """Train a discriminator D to tell the networks' logits apart, and the student to pass for the teacher.
+    """Adversarial distillation: a discriminator D separates both networks' logits, the student maximises its score.
 
-    ``L = −mean D(z_s) + discriminator_weight · L_D``; the first part sees D's parameters as constants, the second the
-    logits, so one optimiser trains both networks, each on its own part alone. L_D is one of
+    ``L = −mean D(z_s) + discriminator_weight · L_D``. D's parameters are detached in the first summand, the logits in
+    the second, so one optimiser trains both networks, each on its own summand. L_D is one of
 
         hinge: mean max(0, 1 − D(z_t)) + mean max(0, 1 + D(z_s))
         wgan:  mean D(z_s) − mean D(z_t) + gradient_penalty · mean_b (‖∇_x D(x_b)‖ − 1)²,  x = a·z_t + (1 − a)·z_s,
-               a drawn uniformly for each image, from torch's global generator
+               a sampled uniformly for each image with torch's global generator
 
-    The term's value is no distance: it need not fall. Both logits go through D in one batch, for statistics that
-    hold for both; `LogitDiscriminator` says what D is. It is dropped after training. In each of several processes D
-    normalises by the logits of the process's own images, so its scores are not those of the joined batch.
+    The value is not a distance and need not decrease. Both logits pass through D in one batch, so its batch statistics
+    are common to both; see `LogitDiscriminator` for the architecture. D is not part of the trained student. In
+    distributed training D's batch statistics are those of each process's own logits, so its scores differ from those of
+    one process with the joined batch.
 
-    Source: Liu et al., arXiv 1903.04197, its holistic distillation, whose D also reads the image; D on the logits alone
-    is the published codes'. They weigh the parts 0.001 and 0.1 (CIRKD, hinge) or 0.1 and 0.1 (the authors, wgan): a
-    term's weight of 0.001 with `discriminator_weight` 100, or of 0.1 with 1. D learns otherwise there: in a step of its
-    own, with an optimiser of its own (CIRKD: Adam, 4e-4, β = (0.9, 0.99); the authors: SGD, 4e-4), and with each
-    network's logits normalised apart. Here D has the student's optimiser, rate, weight decay and clipping, and both
-    learn from the same D; under an optimiser of Adam's kind `discriminator_weight` moves the value more than D's steps.
+    Source: Liu et al., arXiv 1903.04197, its holistic distillation. D in the paper also reads the image; published
+    implementations use the logits alone. Their weights of the two summands are 0.001 and 0.1 (CIRKD, hinge) or 0.1 and
+    0.1 (the authors, wgan): here a term weight of 0.001 with `discriminator_weight` 100, or 0.1 with 1. They train D in
+    a separate step with its own optimiser (CIRKD: Adam, 4e-4, β = (0.9, 0.99); the authors: SGD, 4e-4) and normalise
+    each network's logits separately. Here D uses the student's optimiser, learning rate, weight decay and clipping, and
+    both summands use the same D. With Adam, `discriminator_weight` changes the value more than D's updates.
 
     Args:
         num_classes: K, channels of the logits.
         kind: "hinge" (CIRKD) or "wgan" (the authors).
-        discriminator_weight: of L_D beside the student's part; 0.1 / 0.001.
-        gradient_penalty: weight of the penalty within "wgan"; 10 as in the authors' code.
-        width: channels of D's first block, an even number; the following have 2, 4 and 8 times as many.
-        grid: where to compare: "teacher" resizes the student's logits to the teacher's, "student" the teacher's to the
-            student's, "labels" both to the labels, for logits that are too small; bilinear, align_corners=False.
+        discriminator_weight: weight of L_D relative to the student's summand; 100 = 0.1 / 0.001.
+        gradient_penalty: weight of the penalty in "wgan"; 10 in the authors' code.
+        width: channels of D's first block, even; the following blocks have 2, 4 and 8 times as many.
+        grid: size at which to compare: that of the "teacher" logits, the "student" logits or the "labels"; logits of
+            another size are resized bilinearly, align_corners=False.
 
     Shapes:
         Logits [B, K, h, w] of both, at least 64×64 on the chosen grid, for grid "labels" a target [B, H, W], to a
         scalar, float32 or float64.
 
     Raises:
-        UserError: an unknown kind or grid, weights that are not positive, an odd width, no logits, networks with other
-            than K classes, or logits smaller than 64×64.
+        UserError: the kind or grid is unknown, a weight is not positive, the width is odd, logits are missing, have
+            other than K classes or are smaller than 64×64.
 
     Example:
         >>> def output():
@@ -103,34 +104,34 @@ class SKDAdversarialLoss(nn.Module):
     def forward(
         self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None
     ) -> Tensor:
-        """Score both networks' logits, once for the student and once for the discriminator."""
-        mine, other = logits_pair(self, student, teacher, self.grid, target)
-        self._check(mine)
-        with full_precision(mine):
-            return self.student_part(mine, other) + self.discriminator_weight * self.discriminator_part(mine, other)
+        """Compute the student's summand plus the weighted loss of the discriminator."""
+        pair = logits_pair(self, student, teacher, self.grid, target)
+        self._check(pair[0])
+        with full_precision(pair[0]):
+            return self.student_part(*pair) + self.discriminator_weight * self.discriminator_part(*pair)
 
     def student_part(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """−mean D(z_s) of logits [B, K, h, w]; the discriminator is a constant, its buffers stay as they are."""
+        """−mean D(z_s) of logits [B, K, h, w]; D's parameters are detached and its buffers are not updated."""
         constants = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         both = torch.cat((student, teacher.detach()))
         scores = functional_call(self.discriminator, (constants, self._copied_buffers()), (both,))
         return student_objective(scores[: len(student)])
 
     def discriminator_part(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """L_D of logits [B, K, h, w], which are constants; in training it updates the discriminator's buffers."""
+        """L_D of detached logits [B, K, h, w]; in training mode it updates the discriminator's buffers."""
         student, teacher = student.detach(), teacher.detach()
 
         def critic(mixed: Tensor) -> Tensor:
             return functional_call(self.discriminator, self._copied_buffers(), (mixed,))
 
         penalty = self.gradient_penalty * gradient_penalty(critic, student, teacher) if self.kind == "wgan" else None
-        of_student, of_teacher = self.discriminator(torch.cat((student, teacher))).chunk(2)
+        student_scores, teacher_scores = self.discriminator(torch.cat((student, teacher))).chunk(2)
         if penalty is None:
-            return hinge_objective(of_student, of_teacher)
-        return wasserstein_objective(of_student, of_teacher) + penalty
+            return hinge_objective(student_scores, teacher_scores)
+        return wasserstein_objective(student_scores, teacher_scores) + penalty
 
     def _copied_buffers(self) -> dict[str, Tensor]:
-        # a step has several passes; the running statistics and the power iteration move once, with the last
+        # copies: of the forward passes of a step, only the last updates running statistics and power iteration
         return {name: buffer.clone() for name, buffer in self.discriminator.named_buffers()}
 
     def _check(self, logits: Tensor) -> None:
@@ -143,17 +144,17 @@ class SKDAdversarialLoss(nn.Module):
         if min(size) < SMALLEST:
             raise UserError(
                 f"SKDAdversarialLoss: its discriminator reads logits of at least {SMALLEST}×{SMALLEST}; got "
-                f"{size[0]}×{size[1]}. Use larger images or crops, or enlarge the logits to the labels: grid=labels."
+                f"{size[0]}×{size[1]}. Use larger images or crops, or upsample the logits to the labels: grid=labels."
             )
 
 
 class LogitDiscriminator(nn.Module):
-    """Score logits [B, K, h, w] at [B, 1, h/16 − 3, w/16 − 3] places.
+    """Patch discriminator: scores [B, 1, h/16 − 3, w/16 − 3] of logits [B, K, h, w].
 
     Batch normalisation; four convolutions 4×4 of stride 2 with spectral normalisation (one power iteration per pass in
     training), each followed by LeakyReLU(0.1), of 1, 2, 4 and 8 times `width` channels; self-attention over the
-    positions behind the third and the fourth; a convolution 4×4 without padding to the score. Attention starts as the
-    identity (γ = 0), so its convolutions have no gradient before γ has moved.
+    positions after the third and the fourth; a 4×4 convolution without padding to the score. Attention is initialised
+    as the identity (γ = 0), so its convolutions get no gradient until γ has changed.
 
     Args:
         num_classes: K.
@@ -179,13 +180,13 @@ class LogitDiscriminator(nn.Module):
         self.score = nn.Conv2d(widths[-1], 1, 4)
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Score the places."""
+        """Compute the scores."""
         scores: Tensor = self.score(self.layers(self.norm(logits)))
         return scores
 
 
 class SelfAttention(nn.Module):
-    """Positions look at each other: ``x + γ · Σ_j softmax_j(q(x_i) · k(x_j)) v(x_j)``, maps [B, C, h, w]."""
+    """Residual self-attention over positions, ``x + γ · Σ_j softmax_j(q(x_i) · k(x_j)) v(x_j)``, of [B, C, h, w]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -195,7 +196,7 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Add what is looked at."""
+        """Add the attended values, scaled by γ."""
         query, key, value = (positions_of(layer(maps))[:, None] for layer in (self.query, self.key, self.value))
         attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         return maps + self.gamma * attended[:, 0].mT.reshape(maps.shape)
@@ -207,7 +208,7 @@ def _block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def student_objective(student: Tensor) -> Tensor:
-    """What the student minimises, of the scores of its logits.
+    """Objective of the student from the scores of its logits.
 
     Example:
         >>> student_objective(torch.tensor([1.0, 3.0]))
@@ -217,7 +218,7 @@ def student_objective(student: Tensor) -> Tensor:
 
 
 def hinge_objective(student: Tensor, teacher: Tensor) -> Tensor:
-    """What the discriminator minimises: the teacher's scores above 1, the student's below −1.
+    """Hinge objective of the discriminator: teacher scores above 1, student scores below −1.
 
     Example:
         >>> hinge_objective(torch.tensor([-3.0]), torch.tensor([0.5]))
@@ -227,7 +228,7 @@ def hinge_objective(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def wasserstein_objective(student: Tensor, teacher: Tensor) -> Tensor:
-    """What the discriminator minimises: the student's scores below the teacher's, before the penalty.
+    """Wasserstein objective of the discriminator, without the penalty.
 
     Example:
         >>> wasserstein_objective(torch.tensor([1.0]), torch.tensor([3.0]))
@@ -239,28 +240,28 @@ def wasserstein_objective(student: Tensor, teacher: Tensor) -> Tensor:
 def gradient_penalty(
     critic: Callable[[Tensor], Tensor], student: Tensor, teacher: Tensor, *, share: Tensor | None = None
 ) -> Tensor:
-    """Mean over images of (‖∇ of the mean score‖ − 1)², between both networks' logits.
+    """Gradient penalty between both networks' logits: mean over images of (‖∇ mean score‖ − 1)².
 
     Args:
         critic: logits [B, K, h, w] to scores, [B, …].
-        student: [B, K, h, w]; a constant.
-        teacher: [B, K, h, w]; a constant.
-        share: the teacher's share of each image, [B, 1, 1, 1]; None draws it uniformly from [0, 1).
+        student: [B, K, h, w]; detached.
+        teacher: [B, K, h, w]; detached.
+        share: interpolation weight of the teacher per image, [B, 1, 1, 1]; None samples it uniformly from [0, 1).
 
     Returns:
         A scalar, differentiable in the critic's parameters.
 
     Example:
         >>> logits = torch.rand(2, 1, 1, 4)
-        >>> gradient_penalty(lambda x: 3 * x.sum((2, 3)), logits, logits)  # the gradient's length is 3 · √4
+        >>> gradient_penalty(lambda x: 3 * x.sum((2, 3)), logits, logits)  # the gradient's norm is 3 · √4
         tensor(25.)
     """
     if share is None:
         share = torch.rand(len(student), 1, 1, 1, device=student.device, dtype=student.dtype)
     mixed = (share * teacher + (1 - share) * student).detach().requires_grad_()
-    learns = torch.is_grad_enabled()
-    # the fused kernels of attention have no second derivative
+    differentiable = torch.is_grad_enabled()
+    # MATH: the fused attention kernels have no second derivative
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         scores = critic(mixed).flatten(1).mean(1)
-        (gradient,) = torch.autograd.grad(scores.sum(), mixed, create_graph=learns)
+        (gradient,) = torch.autograd.grad(scores.sum(), mixed, create_graph=differentiable)
     return (torch.linalg.vector_norm(gradient.flatten(1), dim=1) - 1).square().mean()

@@ -1,4 +1,4 @@
-"""Visual-linguistic feature distillation of C2VKD."""
+"""Visual-Linguistic Feature Distillation of C2VKD."""
 
 import logging
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from transkd.errors import UserError
 from transkd.files import read_tensor_file, tensors_in
-from transkd.losses.shared.checks import check_choice, paired_channels, stage_pairs
+from transkd.losses.shared.checks import check_choice, check_share, check_stage, paired_channels, stage_pairs
 from transkd.losses.shared.distances import widen
 from transkd.losses.shared.grids import on_grid
 from transkd.losses.shared.pieces import full_precision, positions_of
@@ -28,60 +28,61 @@ POOL_PARTS = ("positional_embedding", *(f"{name}_proj.{part}" for name in "qkvc"
 
 
 class VLFDLoss(nn.Module):
-    """Compare one stage's features position by position, by their relations, and as a vision-language model sees them.
+    """Compare the features of a stage by position, by relations, and after a vision-language attention pool.
 
-    On maps F' = conv1x1(F) of the student (F itself where it has the teacher's channels) and F^t, N positions:
+    With F' = conv1x1(F) the student's features (F itself if it has the teacher's channels), F^t the teacher's, and N
+    positions:
 
         global    1/(B·N·C) · Σ KL(softmax_C(F^t) ‖ softmax_C(F'))
         graph     mean of (G' − G^t)²,  G[i, j] = v_i·v_j / (C − 1),  v = u − mean_C(u),  u = F_i / ‖F_i‖
         language  1/(B·E) · Σ KL(softmax_E(pool(F^t)) ‖ softmax_E(pool(F')))
         loss      0.1 · global + 0.1 · graph + 0.5 · language
 
-    The pool is that of a vision-language network, such as CLIP's ResNets have: one attention whose only query is the
-    mean of all positions, to a vector of E numbers. It stays as it is: its weights are buffers, the gradient passes
-    through it to the student. The authors published neither the module nor its weights, so they must be given
-    (`language`). Without them there is no language part: **that is not the whole VLFD**, and a warning says so once.
+    The pool is the attention pool of a vision-language network such as CLIP's ResNets: one attention layer with the
+    mean over positions as its only query, output size E. It is frozen (its weights are buffers); gradients pass through
+    it to the student. The authors published neither module nor weights, so the weights must be given (`language`).
+    Without them the language part is disabled: **this is not the complete VLFD**, and a warning is logged once.
 
-    What the publication leaves open, and what is done here:
+    Choices where the paper is ambiguous:
 
-    * The direction of the global KL. Its code has KL(teacher ‖ student), a reader of the paper reports the other
-      one; the code is followed.
-    * Which map of the teacher. The code takes the output of a CNN's context module; networks show their stages here,
-      so it is a stage's features.
-    * The student's side of the language part. The training script puts the projected map through the pool ("pool",
-      the default), a model file brings the mean over positions to E by a 1×1 convolution of its own ("mean_proj").
-    * The grid. The code's is 32×32 for crops of 512, with both values of align_corners; here it is the teacher's, or
-      any other by `grid`, and align_corners=False.
-    * Zero features. The code divides by a bare norm, which gives NaN; here such a position relates to none.
+    * Direction of the global KL: the code uses KL(teacher ‖ student), a secondary description of the paper the
+      reverse; this follows the code.
+    * Teacher's map: the code uses the output of a CNN's context module; networks here return stages, so a stage feature
+      is used.
+    * Student side of the language part: the training script applies the pool to the projected map ("pool", the
+      default); a model file projects the mean over positions to E by a separate 1×1 convolution ("mean_proj").
+    * Grid: the code uses 32×32 for crops of 512, with align_corners both True and False; here it is the teacher's grid,
+      or another by `grid`, with align_corners=False.
+    * Zero features: the code divides by the norm, which gives NaN; here such a position has relations of 0.
 
-    All relations of a batch are (B·N)² numbers; they are computed exactly without that matrix. Each of several
-    processes relates the positions of its own images alone, so with `scope` "batch" the graph part is not that of the
-    joined batch.
+    The (B·N)² relations of a batch are compared exactly without storing the matrix. In distributed training each
+    process relates only its own images, so with `scope` "batch" the graph part differs from that of one process with
+    the joined batch.
 
     Source: Zheng et al., arXiv 2310.07265; the equations are those of its published training script.
 
     Args:
-        student_channels: channels of each of the student's stages, shallowest first; all of them.
-        teacher_channels: channels of each of the teacher's stages; all of them.
+        student_channels: channels of every student stage, shallowest first.
+        teacher_channels: channels of every teacher stage.
         stage: the stage to compare, counted from 1.
-        global_weight: of the global part; 0 leaves a part out. This and the next two are the code's.
-        graph_weight: of the graph part.
-        language_weight: of the language part.
+        global_weight: weight of the global part, by default as in the code; a weight of 0 disables the part.
+        graph_weight: weight of the graph part.
+        language_weight: weight of the language part.
         scope: relations between all positions of the "batch", as in the code, or of each "image".
-        grid: where to compare: "teacher" (the teacher's size), "student", or height and width, such as (32, 32).
-        language: weights of the pool: a file that holds a vision-language network or its pool alone, in CLIP's naming
-            (``….positional_embedding``, ``….q_proj.weight`` and so on); None leaves the language part out. The pool's
-            channels must be the teacher's at that stage (2048 for CLIP's RN50 and RN101).
-        pool_heads: heads of the pool's attention; the channels over 64 in CLIP.
+        grid: size at which to compare: that of the "teacher", the "student", or (height, width) such as (32, 32).
+        language: file with the weights of the pool: a vision-language network or its pool alone, in CLIP's naming
+            (``….positional_embedding``, ``….q_proj.weight`` and so on); None disables the language part. The pool must
+            have the teacher's channels at that stage (2048 for CLIP's RN50 and RN101).
+        pool_heads: heads of the pool's attention; channels / 64 in CLIP.
         student_branch: "pool" or "mean_proj", see above.
 
     Shapes:
-        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not read.
+        Stage features [B, C_i, H_i, W_i], floating, to a scalar, float32 or float64. `target` is not used.
 
     Raises:
-        UserError: an unknown choice, a stage that does not exist, weights that are negative or all 0, a teacher of one
-            channel, pool weights that are missing or of another width; networks with stages or channels other than
-            those given.
+        UserError: a choice is unknown, the stage does not exist, a weight is negative or all are 0, the teacher has one
+            channel, pool weights are missing or have another width, or the networks have other stages or channels than
+            given.
 
     Example:
         >>> def output(width):
@@ -109,23 +110,25 @@ class VLFDLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.student_channels, self.teacher_channels = paired_channels(self, student_channels, teacher_channels)
-        if not 1 <= stage <= len(self.student_channels):
-            raise UserError(f"VLFDLoss: stage must be from 1 to {len(self.student_channels)}; got {stage}.")
+        check_stage(self, stage, len(self.student_channels))
         check_choice(self, "scope", scope, SCOPES)
         check_choice(self, "student_branch", student_branch, STUDENT_BRANCHES)
         self.stage, self.scope, self.grid, self.student_branch = stage, scope, _grid(self, grid), student_branch
         weights = {"global": global_weight, "graph": graph_weight, "language": language_weight}
-        self.weights = _used(weights, has_pool=language is not None)
-        width, wanted = self.student_channels[stage - 1], self.teacher_channels[stage - 1]
-        if wanted == 1 and "graph" in self.weights:
-            raise UserError("VLFDLoss: the graph divides by channels less 1, and the teacher has one: graph_weight=0.")
+        self.weights = _enabled_parts(self, weights, has_pool=language is not None)
+        width, teacher_width = self.student_channels[stage - 1], self.teacher_channels[stage - 1]
+        if teacher_width == 1 and "graph" in self.weights:
+            raise UserError(
+                "VLFDLoss: the graph divides by channels − 1, and the teacher has one channel: set graph_weight=0."
+            )
 
         reads_map = self.weights.keys() & {"global", "graph"} or student_branch == "pool"
-        self.visual_proj = nn.Conv2d(width, wanted, 1, bias=False) if reads_map and width != wanted else None
+        projects = reads_map and width != teacher_width
+        self.visual_proj = nn.Conv2d(width, teacher_width, 1, bias=False) if projects else None
         self.lang_proj: nn.Conv2d | None = None
         self.pool: AttentionPool | None = None
         if "language" in self.weights and language is not None:
-            self.pool = load_attention_pool(language, pool_heads, wanted)
+            self.pool = load_attention_pool(language, pool_heads, teacher_width)
             if student_branch == "mean_proj":
                 self.lang_proj = nn.Conv2d(width, self.pool.width, 1, bias=False)
 
@@ -133,23 +136,23 @@ class VLFDLoss(nn.Module):
         self, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor | None = None
     ) -> Tensor:
         """Compare the features."""
-        feature, other = stage_pairs(self, "features", student, teacher)[self.stage - 1]
+        feature, teacher_feature = stage_pairs(self, "features", student, teacher)[self.stage - 1]
         with full_precision(feature):
-            parts = self.compare(widen(feature), widen(other))
+            parts = self.compare(widen(feature), widen(teacher_feature))
             return torch.stack([self.weights[name] * value for name, value in parts.items()]).sum()
 
     def compare(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        """Give the parts that have a weight, before it, for maps [B, C_s, h, w] and [B, C_t, h', w']."""
-        ours, theirs = self._on_grid(_projected(student, self.visual_proj), teacher)
+        """Return the unweighted enabled parts for maps [B, C_s, h, w] and [B, C_t, h', w']."""
+        maps, teacher_maps = self._on_grid(_projected(student, self.visual_proj), teacher)
         parts = {}
         if "global" in self.weights:
-            parts["global"] = mean_kl(ours, theirs)
+            parts["global"] = mean_kl(maps, teacher_maps)
         if "graph" in self.weights:
-            parts["graph"] = graph_error(ours, theirs, self.scope)
+            parts["graph"] = graph_error(maps, teacher_maps, self.scope)
         if self.pool is not None:
             mean = _projected(student.mean((2, 3), keepdim=True), self.lang_proj)
-            pooled = self.pool(ours) if self.student_branch == "pool" else mean.flatten(1)
-            parts["language"] = mean_kl(pooled, self.pool(theirs))
+            pooled = self.pool(maps) if self.student_branch == "pool" else mean.flatten(1)
+            parts["language"] = mean_kl(pooled, self.pool(teacher_maps))
         return parts
 
     def _on_grid(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,30 +163,30 @@ class VLFDLoss(nn.Module):
 
 
 def mean_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """``KL(softmax(teacher) ‖ softmax(student))`` over dimension 1, as a mean over all elements, that dimension's too.
+    """``KL(softmax(teacher) ‖ softmax(student))`` over dimension 1, mean over all elements including dimension 1.
 
     Args:
         student: [B, C, …], float32 or float64.
-        teacher: the same shape; a constant.
+        teacher: the same shape; detached.
 
     Example:
         >>> mean_kl(torch.tensor([[0.0, 1000.0]]), torch.zeros(1, 2))  # (500 - log 2) / 2
         tensor(249.6534)
     """
-    logs = student.log_softmax(1), teacher.detach().log_softmax(1)
-    return F.kl_div(*logs, reduction="none", log_target=True).mean()
+    log_q, log_p = student.log_softmax(1), teacher.detach().log_softmax(1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).mean()
 
 
 def graph_error(student: Tensor, teacher: Tensor, scope: str = "batch") -> Tensor:
-    """Mean squared difference between the relations of positions, the graph part of `VLFDLoss`.
+    """Mean squared difference between the relations of positions: the graph part of `VLFDLoss`.
 
     Args:
         student: [B, C, h, w], float32 or float64.
-        teacher: the same shape; a constant.
+        teacher: the same shape; detached.
         scope: pairs within the "batch" or within each "image".
 
     Example:
-        >>> graph_error(torch.ones(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))  # a position of equal channels relates to none
+        >>> graph_error(torch.ones(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))  # equal channels: all relations are 0
         tensor(0.)
     """
     rows = [_centred(maps) for maps in (student, teacher.detach())]
@@ -193,26 +196,26 @@ def graph_error(student: Tensor, teacher: Tensor, scope: str = "batch") -> Tenso
 
 
 def _projected(maps: Tensor, layer: nn.Conv2d | None) -> Tensor:
-    """Apply a 1×1 convolution, where there is one, in the type of the maps."""
+    """Apply the 1×1 convolution, if any, in the dtype of the maps."""
     return maps if layer is None else F.conv2d(maps, layer.weight.to(maps.dtype))
 
 
 def _centred(maps: Tensor) -> Tensor:
-    """Rows [B, N, C] of length 1, from each of which the mean of its channels is then taken."""
+    """Rows u − mean_C(u) with u [B, N, C] the features divided by their norm."""
     rows = unit(positions_of(maps))
     return rows - rows.mean(-1, keepdim=True)
 
 
 class AttentionPool(nn.Module):
-    """The pool that ends the visual part of CLIP's ResNets, not trained: all weights are buffers.
+    """Frozen attention pool of CLIP's ResNets (Radford et al., arXiv 2103.00020): all weights are buffers.
 
-    The mean over positions is put before them; to all, a position embedding is added, whose spatial part is resized
-    bilinearly. An attention with that first token as its only query gives, projected, the result.
+    The mean over positions is prepended as a token and a position embedding is added; its spatial part is resized
+    bilinearly. The output is the projected result of an attention with the first token as its only query.
 
     Args:
         weights: ``positional_embedding`` [1 + g², C], and ``weight`` and ``bias`` of ``q_proj``, ``k_proj``, ``v_proj``
             [C, C] and ``c_proj`` [E, C].
-        heads: of the attention.
+        heads: attention heads.
 
     Attributes:
         channels: C.
@@ -232,7 +235,7 @@ class AttentionPool(nn.Module):
             self.register_buffer(name.replace(".", "_"), widen(weights[name].detach().clone()))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Give one vector per image."""
+        """Pool maps [B, C, h, w] to one vector per image."""
         tokens = positions_of(maps)
         tokens = torch.cat((tokens.mean(1, keepdim=True), tokens), 1) + self._positions(maps)
         query, key, value = (
@@ -247,7 +250,7 @@ class AttentionPool(nn.Module):
         return F.linear(rows, weight, bias)
 
     def _positions(self, maps: Tensor) -> Tensor:
-        """The position embedding [1 + N, C] for a map's size."""
+        """Resize the position embedding to the map's size: [1 + N, C]."""
         embedding = self.positional_embedding.to(maps.dtype)
         side = round((len(embedding) - 1) ** 0.5)
         square = embedding[1:].T.reshape(1, -1, side, side)
@@ -256,20 +259,21 @@ class AttentionPool(nn.Module):
 
 
 def load_attention_pool(path: str | Path, heads: int, channels: int) -> AttentionPool:
-    """Read the attention pool from a file of weights that holds one, whatever stands before its names.
+    """Read the attention pool from a file of weights, with any prefix of its names.
 
     Args:
         path: a safetensors file or a PyTorch checkpoint.
-        heads: of the attention.
-        channels: the width of the maps that it is to pool.
+        heads: attention heads.
+        channels: channels of the maps to pool.
 
     Raises:
-        UserError: there is no such file, not one pool in it, or a pool of another width or other heads.
+        UserError: the file does not exist, does not contain exactly one pool, or the pool has another width or its
+            width is not divisible by the heads.
     """
     tensors = tensors_in(read_tensor_file(path)[0], path)
     first, *others = POOL_PARTS
-    starts = [name.removesuffix(first) for name in tensors if name.endswith(first) and tensors[name].ndim == 2]
-    pools = [start for start in starts if all(start + name in tensors for name in others)]
+    prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first) and tensors[name].ndim == 2]
+    pools = [prefix for prefix in prefixes if all(prefix + name in tensors for name in others)]
     if len(pools) != 1:
         raise UserError(
             f"VLFDLoss: {path} must hold one attention pool (….positional_embedding and ….{{q,k,v,c}}_proj.{{weight,"
@@ -285,35 +289,34 @@ def _check_pool(path: str | Path, weights: dict[str, Tensor], heads: int, channe
     if width != channels:
         raise UserError(
             f"VLFDLoss: the attention pool of {path} reads {width} channels, the teacher's stage has {channels}. "
-            "Give one for that width, or choose a stage or a teacher of the pool's, such as deeplabv3plus_resnet101 "
-            "for 2048."
+            "Give a pool of that width, or choose a stage or teacher with the pool's width, such as "
+            "deeplabv3plus_resnet101 for 2048."
         )
     if heads < 1 or width % heads:
         raise UserError(f"VLFDLoss: pool_heads must divide the pool's {width} channels; got {heads}.")
     if round((positions - 1) ** 0.5) ** 2 != positions - 1 or positions < 2:
         raise UserError(
-            f"VLFDLoss: the position embedding of the pool of {path} must be of a square grid and one token more; "
+            f"VLFDLoss: the position embedding of the pool of {path} must have 1 + g² rows, for a square grid; "
             f"it has {positions} rows. Give the pool of a network for square images."
         )
 
 
-def _used(weights: dict[str, float], *, has_pool: bool) -> dict[str, float]:
-    """The parts that are computed, with their weights."""
+def _enabled_parts(term: VLFDLoss, weights: dict[str, float], *, has_pool: bool) -> dict[str, float]:
+    """Return the weights of the parts to compute."""
     for name, weight in weights.items():
-        if not 0 <= weight < float("inf"):
-            raise UserError(f"VLFDLoss: {name}_weight must be a number from 0 on; got {weight}.")
+        check_share(term, f"{name}_weight", weight)
     if weights["language"] and not has_pool:
         logger.warning(
-            "VLFDLoss has no weights of an attention pool (language=PATH), so it leaves the language part out and "
-            "compares features alone: this is not the whole VLFD of C2VKD."
+            "VLFDLoss has no weights of an attention pool (language=PATH), so the language part is disabled: "
+            "this is not the complete VLFD of C2VKD."
         )
-    used = {name: weight for name, weight in weights.items() if weight and (name != "language" or has_pool)}
-    if not used:
+    enabled = {name: weight for name, weight in weights.items() if weight and (name != "language" or has_pool)}
+    if not enabled:
         raise UserError(
             "VLFDLoss has no part to compute: give global_weight or graph_weight a value above 0, or language_weight "
             "one and language=PATH."
         )
-    return used
+    return enabled
 
 
 def _grid(term: VLFDLoss, grid: str | Sequence[int]) -> str | tuple[int, ...]:

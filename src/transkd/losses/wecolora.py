@@ -1,4 +1,4 @@
-"""Feature distillation of WeCoLoRA, and which blocks its student copies and answers for."""
+"""Feature distillation of WeCoLoRA, and the correspondence between its student's and teacher's blocks."""
 
 from collections.abc import Sequence
 
@@ -18,32 +18,31 @@ DISTANCES = ("mae", "mae_kl")
 
 
 class WeCoLoRALoss(nn.Module):
-    """Compare the features of a student with those of the teacher of which it is a shortened copy.
+    """Compare the features of a student that is a shortened copy of its teacher with the teacher's features.
 
-    ``mean |F − F^t|``, or with distance "mae_kl" ``½ (mean |F − F^t| + KL(softmax_C(F^t) ‖ softmax_C(F)))``, the KL a
-    mean over positions; with several stages their mean. No parameters: the student has the teacher's widths.
+    ``mean |F − F^t|``, or with distance "mae_kl" ``½ (mean |F − F^t| + KL(softmax_C(F^t) ‖ softmax_C(F)))``, the KL
+    averaged over positions; the mean over several stages. No parameters: the student has the teacher's widths.
 
-    The method is a way to build the student first: it keeps every r-th block of each stage (`copied_blocks`), all
-    copied weights are frozen, and low-rank terms beside them are trained (``transkd.models.lora``).
-    ``distill=wecolora`` is all of it.
+    The method first builds the student: it copies every r-th block of each stage (`copied_blocks`), freezes the copied
+    weights and trains low-rank adapters (``transkd.models.lora``). ``distill=wecolora`` applies the complete method.
 
-    The publication compares the output of the last block before the final norm, or, as an option, of each block with
-    the last one of those that it stands for (`matched_teacher_blocks`). Networks show their stages here, after the
-    stage's norm, which is copied too: the last stage is the former, and `stages` with all of them the nearest to the
-    latter, each stage a block. The published KL takes log-probabilities for probabilities and gives NaN.
+    The paper compares the output of the last block before the final norm or, as an option, the output of each student
+    block with that of the last teacher block it replaces (`matched_teacher_blocks`). Networks here return stages after
+    the stage's norm, which is copied too: the last stage corresponds to the former, all `stages` approximate the
+    latter. The reference implementation passes log-probabilities where the KL expects probabilities, and returns NaN.
 
     Source: Grigore et al., arXiv 2404.09326.
 
     Args:
-        stages: which stages to compare, counted from 1.
+        stages: stages to compare, counted from 1.
         distance: "mae" or "mae_kl".
 
     Shapes:
-        Stage features [B, C_i, H_i, W_i] of as many channels in both, floating, to a scalar, float32 or float64. The
-        student's maps are resized bilinearly to the teacher's where sizes differ. `target` is not read.
+        Stage features [B, C_i, H_i, W_i] with the same channels in both networks, floating, to a scalar, float32 or
+        float64. The student's maps are resized bilinearly to the teacher's where sizes differ. `target` is not used.
 
     Raises:
-        UserError: an unknown distance, networks without these stages, or of other widths than each other.
+        UserError: the distance is unknown, a stage does not exist, or the networks' channels differ.
 
     Example:
         >>> def output(value):
@@ -77,15 +76,15 @@ class WeCoLoRALoss(nn.Module):
 
 
 def feature_error(student: Tensor, teacher: Tensor, distance: str = "mae") -> Tensor:
-    """Mean absolute difference of two maps, averaged with the KL between their channels for "mae_kl".
+    """Mean absolute difference of two maps; for "mae_kl" averaged with `spatial_kl` between them.
 
     Args:
         student: [B, C, …], float32 or float64.
-        teacher: the same shape; a constant.
+        teacher: the same shape; detached.
         distance: "mae" or "mae_kl".
 
     Example:
-        >>> feature_error(torch.full((1, 2, 4, 4), 3.0), torch.zeros(1, 2, 4, 4), "mae_kl")  # channels alike: KL is 0
+        >>> feature_error(torch.full((1, 2, 4, 4), 3.0), torch.zeros(1, 2, 4, 4), "mae_kl")  # equal channels: KL is 0
         tensor(1.5000)
     """
     absolute = F.l1_loss(student, teacher.detach())
@@ -93,7 +92,7 @@ def feature_error(student: Tensor, teacher: Tensor, distance: str = "mae") -> Te
 
 
 def copied_blocks(depth: int, ratio: int) -> list[int]:
-    """Which of a stage's blocks, counted from 0, a student of ``⌈depth / ratio⌉`` blocks copies.
+    """Indices of the blocks of a stage that a student with ``⌈depth / ratio⌉`` blocks copies.
 
     Example:
         >>> copied_blocks(6, 2), copied_blocks(3, 2)
@@ -104,9 +103,9 @@ def copied_blocks(depth: int, ratio: int) -> list[int]:
 
 
 def matched_teacher_blocks(depth: int, ratio: int) -> list[int]:
-    """For each block of the student, the last of the teacher's that it stands for: the one to compare its output with.
+    """Index of the teacher block whose output each student block is compared with: the last one that it replaces.
 
-    The published code counts from 1 in steps of `ratio`, which is this for a ratio of 2 alone.
+    The reference implementation counts from 1 in steps of `ratio`, which is equal only for a ratio of 2.
 
     Example:
         >>> matched_teacher_blocks(6, 2), matched_teacher_blocks(4, 3)
@@ -117,4 +116,4 @@ def matched_teacher_blocks(depth: int, ratio: int) -> list[int]:
 
 def _check_counts(depth: int, ratio: int) -> None:
     if depth < 1 or ratio < 1:
-        raise UserError(f"Blocks are copied from a depth and at a ratio of 1 or more; got {depth} and {ratio}.")
+        raise UserError(f"Copying blocks requires a depth and a ratio of 1 or more; got {depth} and {ratio}.")

@@ -1,4 +1,4 @@
-"""Networks: encoders, heads, the Segmenter, the frozen teacher, and weights in and out."""
+"""Networks: encoders, heads, the Segmenter, the frozen teacher, loading and saving of weights."""
 
 from transkd.models.catalog import SEGMENTERS, Recipe
 from transkd.models.encoders.lvt import LiteVisionTransformer

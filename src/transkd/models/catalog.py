@@ -31,4 +31,4 @@ SEGMENTERS: dict[str, Recipe] = {
     "pvt_v2_b5": Recipe("pvt_v2_b5", "fpn", 256),
     "deeplabv3plus_resnet101": Recipe("resnet101", "deeplabv3plus", 256, {"output_stride": 16}),
 }
-"""Networks with a name of their own; any other name is that of an encoder, which takes ``segformer`` as its head."""
+"""Named networks; any other name is that of an encoder, which gets the SegFormer head."""

@@ -1,4 +1,4 @@
-"""Low-rank adaptation: a network whose weights stay while small terms beside them are trained."""
+"""Low-rank adaptation (LoRA): the weights of a network are frozen, added low-rank terms are trained."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -16,24 +16,24 @@ ADAPTED = {
     "attn": {"q": 1, "k": 1, "v": 1, "kv": 2, "qkv": 3, "proj": 1},
     "mlp": {"fc1": 1, "fc2": 1},
 }
-"""Layers of a block that get low-rank terms, and how many matrices of as many outputs each holds."""
+"""Layers of a block that get low-rank terms, with the number of stacked matrices in each."""
 
 
 class LoRALinear(nn.Module):
-    """A linear layer that stays as it is, and a low-rank term that is trained.
+    """Frozen linear layer with a trainable low-rank term.
 
-    ``y = W·x + b + B·(A·x)`` without a scaling. A layer that holds several matrices one above the other, such as a
-    fused ``qkv``, has a pair of its own for each: ``[B_q·A_q; B_k·A_k; B_v·A_v]·x``. A starts uniform in ±1/√in and
-    B at 0, so that the layer starts as it was; at the first step A has no gradient.
+    ``y = W·x + b + B·(A·x)`` without scaling. A layer with several stacked matrices, such as a fused ``qkv``, has a
+    pair (A, B) for each: ``[B_q·A_q; B_k·A_k; B_v·A_v]·x``. A is initialised uniformly in ±1/√in, B with 0, so the
+    output is initially unchanged and A's gradient is 0 at the first step.
 
-    Its ``weight`` and ``bias`` keep their names, so that the layer's own weights load into it.
+    ``weight`` and ``bias`` keep their names, so that weights of the linear layer can be loaded.
 
-    Source: Hu et al., arXiv 2106.09685, section 4.1; scaling and start are WeCoLoRA's (arXiv 2404.09326).
+    Source: Hu et al., arXiv 2106.09685, section 4.1; scaling and initialisation as in WeCoLoRA (arXiv 2404.09326).
 
     Args:
-        linear: the layer; its parameters are shared and frozen.
-        rank: rows of A; more than the layer is wide adds nothing.
-        parts: matrices that the layer holds.
+        linear: the layer; its parameters are shared, not copied, and frozen.
+        rank: rows of A; a rank above the layer's width has no benefit.
+        parts: number of stacked matrices in the layer.
 
     Shapes:
         [..., in] -> [..., out].
@@ -59,13 +59,13 @@ class LoRALinear(nn.Module):
         nn.init.uniform_(self.lora_a, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer with its low-rank term."""
+        """Apply the layer and its low-rank term."""
         parts, rank, _ = self.lora_a.shape
         low = token_linear(x, self.lora_a.flatten(0, 1)).view(*x.shape[:-1], parts, rank)
         return token_linear(x, self.weight, self.bias) + torch.einsum("...pr,por->...po", low, self.lora_b).flatten(-2)
 
     def merge(self) -> nn.Linear:
-        """A plain layer of the same output, its weight ``W + B·A``; it can be trained."""
+        """Return a plain trainable linear layer with the weight ``W + B·A``."""
         rows, columns = self.weight.shape
         linear = nn.Linear(columns, rows, bias=self.bias is not None, device="meta", dtype=self.weight.dtype)
         linear.weight = nn.Parameter(_sum(self.weight.detach(), self.lora_a.detach(), self.lora_b.detach()))
@@ -75,24 +75,25 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(network: nn.Module, rank: int, train: Collection[str] = (), keep_drop_path: bool = False) -> None:
-    """Freeze a network and give the attention and MLP layers of its encoder's blocks low-rank terms to train.
+    """Freeze a network and add trainable low-rank terms to the attention and MLP layers of its encoder.
 
     Adapted are the linear layers ``q``, ``k``, ``v``, ``kv``, ``qkv`` and ``proj`` of modules called ``attn``, and
-    ``fc1`` and ``fc2`` of those called ``mlp``: MiT's and those of timm's PVTv2 and Swin. All else stays as it is,
-    patch embeddings, norms, spatial reductions and depth-wise convolutions; running statistics of a BatchNorm go on
-    in training all the same. To be called before the optimiser is built.
+    ``fc1`` and ``fc2`` of modules called ``mlp``, as in MiT and timm's PVTv2 and Swin. Patch embeddings, norms, spatial
+    reductions and depth-wise convolutions are only frozen; running statistics of BatchNorm are still updated in
+    training mode. Call it before building the optimiser.
 
-    Source: WeCoLoRA, arXiv 2404.09326, with a rank of 128. Keys and values of MiT are split into
-    two matrices, as is done there for queries, keys and values in one.
+    Source: WeCoLoRA, arXiv 2404.09326, with rank 128. The fused keys and values of MiT get a term each, as the fused
+    queries, keys and values do there.
 
     Args:
-        network: changed in place; low-rank terms go below ``network.encoder``.
-        rank: of every term.
-        train: names of modules that are trained as a whole, such as ("head",) for one that starts at random.
-        keep_drop_path: whether stochastic depth goes on; else it is set to 0, as copied weights do not need it.
+        network: modified in place, in ``network.encoder``.
+        rank: rank of every term.
+        train: names of modules that stay trainable, such as ("head",) for a randomly initialised head.
+        keep_drop_path: whether to keep stochastic depth; otherwise it is set to 0.
 
     Raises:
-        UserError: no such layer, terms that are there already, an unknown module in ``train``, or no proper rank.
+        UserError: there is no such layer, the network already has low-rank terms, a module in ``train`` is unknown, or
+            the rank is below 1.
 
     Example:
         >>> from transkd.models import create_segmenter
@@ -102,16 +103,16 @@ def add_lora(network: nn.Module, rank: int, train: Collection[str] = (), keep_dr
         73728
     """
     if any(isinstance(module, LoRALinear) for module in network.modules()):
-        raise UserError("The network has low-rank terms already; fold them into its weights first (merge_lora).")
+        raise UserError("The network has low-rank terms already; merge them into its weights first (merge_lora).")
     names = [name for name, _ in network.named_modules()]
     for name in train:
         if name not in names or not name:
-            raise UserError(f"There is no module {name!r} in the network to train beside the low-rank terms.")
+            raise UserError(f"There is no module {name!r} in the network to train with the low-rank terms.")
     layers = _layers(network)
     if not layers:
         raise UserError(
             f"{type(getattr(network, 'encoder', network)).__name__} has no linear layers attn.{{q,kv,qkv,proj}} or "
-            "mlp.{fc1,fc2} in an encoder that could be adapted; choose a transformer, such as segformer_b1"
+            "mlp.{fc1,fc2} in an encoder to adapt; choose a transformer, such as segformer_b1"
         )
     adapted = {name: LoRALinear(layer, rank, parts) for name, (layer, parts) in layers.items()}
     network.requires_grad_(False)
@@ -128,13 +129,13 @@ def add_lora(network: nn.Module, rank: int, train: Collection[str] = (), keep_dr
 
 
 def merge_lora(network: nn.Module) -> None:
-    """Fold the low-rank terms into the weights beside them: the plain network again, with the same output.
+    """Merge the low-rank terms into the weights; the output stays the same.
 
-    Its ``state_dict`` is the plain network's, and all its parameters can be trained. A network without low-rank terms
-    stays as it is. For a network that goes on being trained, merge a copy: ``merge_lora(copy.deepcopy(network))``.
+    Afterwards the ``state_dict`` is that of the plain network and all parameters require grad. A network without
+    low-rank terms is not changed. To continue training the terms, merge a copy: ``merge_lora(copy.deepcopy(network))``.
 
     Args:
-        network: changed in place.
+        network: modified in place.
 
     Example:
         >>> from transkd.models import create_segmenter
@@ -153,10 +154,10 @@ def merge_lora(network: nn.Module) -> None:
 
 
 def fold_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What ``merge_lora`` does, for the tensors of a file: those of the plain network, bit for bit.
+    """Merge low-rank terms in a ``state_dict``, with bitwise the same result as ``merge_lora``.
 
     Args:
-        tensors: a network's ``state_dict``, with low-rank terms or without.
+        tensors: a network's ``state_dict``, with or without low-rank terms.
 
     Example:
         >>> layer = {"fc.weight": torch.zeros(2, 3), "fc.lora_a": torch.ones(1, 4, 3), "fc.lora_b": torch.ones(1, 2, 4)}
@@ -172,12 +173,12 @@ def fold_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``W + B·A``, each matrix that W holds with its own pair."""
+    """``W + B·A``, with a pair (A, B) for each matrix stacked in W."""
     return weight + (b @ a).flatten(0, 1)
 
 
 def _layers(network: nn.Module) -> dict[str, tuple[nn.Linear, int]]:
-    """The encoder's layers to adapt by their names, with how many matrices each holds."""
+    """Return the encoder's layers to adapt by name, with the number of matrices stacked in each."""
     found = {}
     for name, module in getattr(network, "encoder", nn.Module()).named_modules(prefix="encoder"):
         parent, _, own = name.rpartition(".")

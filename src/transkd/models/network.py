@@ -1,4 +1,4 @@
-"""What every network of transkd has in common: it owns its normalisation and knows its classes and origin."""
+"""Base class of all networks: normalisation, number of classes, recipe and licence lineage."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -20,23 +20,23 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Network(nn.Module):
-    """A segmentation network: image in, ``SegmentationOutput`` out.
+    """Segmentation network from an image to a ``SegmentationOutput``.
 
-    ``Segmenter`` (an encoder and a head) and ``Tapped`` (any module with named taps) are the two there are. The
-    constants of the normalisation are no part of the ``state_dict``, which stays the plain network's.
+    Subclasses are ``Segmenter`` (an encoder and a head) and ``Tapped`` (any module with named taps). The normalisation
+    constants are not part of the ``state_dict``.
 
     Args:
-        channels: width of each stage, shallowest first.
-        num_classes: number of classes K; 0 for a network that gives no logits.
+        channels: channels of each stage, shallowest first.
+        num_classes: number of classes K; 0 for a network without logits.
         mean: subtracted from RGB in [0, 1].
-        std: divides what is left.
-        scale: the network looks at the image at this scale, resized bilinearly with antialiasing.
+        std: divides the difference.
+        scale: factor by which images are resized first, bilinearly with antialiasing.
 
     Attributes:
-        name: what the network is called in messages, logs and files.
-        recipe: the arguments of ``create_segmenter`` that build it again; None where there are none.
-        normalisation_chosen: whether mean and std were given; weights of an encoder alone then leave them.
-        lineage: where its code and its weights come from, and under which licences.
+        name: name of the network in messages, logs and files.
+        recipe: arguments of ``create_segmenter`` that rebuild the network; None if it was built otherwise.
+        normalisation_chosen: whether mean and std were given; loading encoder weights then keeps them.
+        lineage: origins and licences of its code and weights.
     """
 
     mean: Tensor
@@ -64,7 +64,7 @@ class Network(nn.Module):
         self.register_buffer("std", torch.tensor(std or IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def normalise(self, image: Tensor) -> Tensor:
-        """RGB [B, 3, H, W], uint8 or float in [0, 1], to the network's input."""
+        """Convert RGB [B, 3, H, W], uint8 or float in [0, 1], to the network's input."""
         if image.ndim != 4 or image.shape[1] != 3:
             raise UserError(f"expected RGB images [B, 3, H, W], got a tensor of shape {list(image.shape)}")
         if image.dtype == torch.uint8:
@@ -75,24 +75,24 @@ class Network(nn.Module):
         return (image - self.mean) / self.std
 
     def forward(self, image: Tensor, needs: Collection[str] = EVERYTHING) -> SegmentationOutput:
-        """Run the network; what ``needs`` does not name may be left out."""
+        """Run the network; kinds of output that are not in ``needs`` may be omitted."""
         raise NotImplementedError
 
     def checkpoint_activations(self) -> None:
-        """Keep few activations in training: the backward pass computes them again, for memory at the price of time.
+        """Enable activation checkpointing: the backward pass recomputes activations, which saves memory and costs time.
 
         Raises:
-            UserError: the network cannot.
+            UserError: the network does not support it.
         """
         raise UserError(
             f"{self.name} cannot recompute activations: expected an encoder with set_grad_checkpointing, such as that "
-            "of segformer_b0, lvt or pvt_v2_b0; choose one, or say student.checkpointing=false"
+            "of segformer_b0, lvt or pvt_v2_b0; choose one, or set student.checkpointing=false"
         )
 
     @torch.no_grad()
     def predict(self, image: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Class ids [B, H, W] of images [B, 3, h, w]; ``size`` (H, W) is the image's own where not given."""
+        """Predict class ids [B, H, W] of images [B, 3, h, w]; ``size`` (H, W) defaults to the images' size."""
         logits = self(image, needs={"logits"}).logits
         if logits is None:
-            raise UserError(f"{self.name} gives no logits, so it predicts no classes")
+            raise UserError(f"{self.name} has no logits, so it cannot predict classes")
         return upsampled_argmax(logits, size or image.shape[-2:])

@@ -1,4 +1,4 @@
-"""The network that users build, train and deploy: normalise, encode, decode."""
+"""Segmentation network of an encoder and a decode head."""
 
 import copy
 from collections.abc import Collection, Sequence
@@ -15,19 +15,19 @@ __all__ = ["Segmenter"]
 
 
 class Segmenter(Network):
-    """An encoder of stages and a decode head.
+    """Network that normalises an image, encodes it in stages and decodes the stages to logits.
 
-    Its ``state_dict`` is the plain network's: ``encoder.*`` and ``head.*``, nothing of the distillation and no
-    normalisation constants.
+    Its ``state_dict`` contains only ``encoder.*`` and ``head.*``: no distillation modules, no normalisation constants.
 
     Args:
-        encoder: has ``channels``, the width of each stage, and ``forward_stages(image) -> (features, embeddings)``,
-            the embeddings empty where it has none (``MixTransformer``).
-        head: features to logits (``SegformerHead``).
+        encoder: module with ``channels``, the channels of each stage, and
+            ``forward_stages(image) -> (features, embeddings)``, embeddings empty if it has none; see
+            ``MixTransformer``.
+        head: module from features to logits, see ``SegformerHead``.
         num_classes: number of classes K.
-        mean: subtracted from RGB in [0, 1]; ImageNet's where not given.
-        std: divides what is left; ImageNet's where not given.
-        scale: of the image that the network looks at.
+        mean: subtracted from RGB in [0, 1]; by default ImageNet's.
+        std: divides the difference; by default ImageNet's.
+        scale: factor by which images are resized first.
 
     Shapes:
         image [B, 3, H, W], uint8 or float in [0, 1] -> SegmentationOutput.
@@ -54,28 +54,28 @@ class Segmenter(Network):
         self.head = head
 
     def forward(self, image: Tensor, needs: Collection[str] = EVERYTHING) -> SegmentationOutput:
-        """Run the network; the decode head only when ``needs`` names "logits"."""
+        """Run the network; the decode head only if "logits" is in ``needs``."""
         image = self.normalise(image)
         features, embeddings = self.encoder.forward_stages(image)
         logits = self.head(features) if "logits" in needs else None
         return SegmentationOutput(logits, features, embeddings, image)
 
     def checkpoint_activations(self) -> None:
-        """Keep few activations of the encoder in training; see ``Network.checkpoint_activations``."""
+        """Enable activation checkpointing in the encoder; see ``Network.checkpoint_activations``."""
         try:
             self.encoder.set_grad_checkpointing(True)
-        except (AttributeError, AssertionError):  # timm asserts where a network has none
+        except (AttributeError, AssertionError):  # timm networks without checkpointing raise AssertionError
             super().checkpoint_activations()
 
     def fuse(self) -> "Segmenter":
-        """A copy for inference whose head has its BatchNorm folded in: same output, fewer operations.
+        """Return a copy for inference with the BatchNorm of the head folded into its convolutions.
 
         Raises:
-            UserError: the head has no such form (only SegFormer's has).
+            UserError: the head is not a ``SegformerHead``.
         """
         if not isinstance(self.head, SegformerHead):
             raise UserError(f"fuse() is for the SegFormer head; {self.name} has a {type(self.head).__name__}")
         fused = copy.deepcopy(self)
         fused.head = self.head.fuse()
-        fused.recipe = None  # it builds the head as it was
+        fused.recipe = None  # the recipe would rebuild the unfused head
         return fused.eval()

@@ -14,25 +14,25 @@ from transkd.outputs import EVERYTHING, SegmentationOutput
 __all__ = ["FrozenTeacher", "channel_statistics"]
 
 CAST_BY_AUTOCAST = {nn.Linear, TokenLinear, nn.Conv2d}
-"""Layers, but not their subclasses, that use their weights in nothing but one operation of autocast's."""
+"""Layers, without subclasses, whose weights are used only in an operation that autocast casts."""
 USUAL_SCALE = (1 / 3, 3.0)
-"""Mean standard deviation of a stage's channels, as LayerNorm leaves them; raw maps of CNNs are at 2 to 11."""
+"""Range of the mean standard deviation of a stage's channels after a LayerNorm; raw maps of CNNs have 2 to 11."""
 
 
 class FrozenTeacher(nn.Module):
-    """A network that teaches: no gradient, in eval for good, in no checkpoint.
+    """Teacher network: no gradients, always in eval mode, not part of checkpoints.
 
-    The network is held beside the module tree, not in it. So its parameters are in no ``parameters()``, no
-    ``state_dict()`` and no DDP broadcast, and ``train()`` cannot reach it; devices and dtypes do reach it.
-    It is public as ``teacher.network``.
+    The network is not registered as a submodule, so its parameters are not in ``parameters()``, ``state_dict()`` or the
+    DDP broadcast, and ``train()`` does not change its mode. Moves to another device or dtype do apply to it. It is
+    accessible as ``teacher.network``.
 
-    Under autocast the weights of its linear and convolutional layers are cast once, not at every step: the same output
-    with fewer operations, for half of the weights' memory more.
+    Under autocast the weights of its linear and convolutional layers are cast once instead of at every step: the output
+    is the same, at the cost of a copy of the weights in half precision.
 
     Args:
-        network: image -> SegmentationOutput, accepting ``needs``.
-        needs: what the terms read of the teacher; nothing else is computed.
-        cast_once: False leaves casting to autocast, as compiled networks need it.
+        network: module from an image to a SegmentationOutput, with an argument ``needs``.
+        needs: outputs that the terms read; others are not computed.
+        cast_once: False leaves the casts to autocast, as required for compiled networks.
 
     Example:
         >>> from transkd.models import create_segmenter
@@ -56,35 +56,35 @@ class FrozenTeacher(nn.Module):
         self.training = False
 
     def forward(self, image: Tensor, needs: Collection[str] | None = None) -> SegmentationOutput:
-        """The teacher's view of a batch; ``needs`` may ask for other things at this step than at construction."""
-        wanted = {"needs": self.needs if needs is None else needs}
-        with torch.no_grad():  # not inference_mode: the backward pass uses what comes out
+        """Run the teacher; ``needs`` overrides that of the constructor for this call."""
+        options = {"needs": self.needs if needs is None else needs}
+        with torch.no_grad():  # not inference_mode: autograd saves the outputs
             cast = self._cast_weights(image.device.type)
             output: SegmentationOutput
-            output = functional_call(self.network, cast, (image,), wanted) if cast else self.network(image, **wanted)
+            output = functional_call(self.network, cast, (image,), options) if cast else self.network(image, **options)
             return self._standardised(output)
 
     def standardise(self, images: Iterable[Tensor], when: bool | str = "auto") -> list[float]:
-        """Show features with zero mean and unit variance per channel from now on, by statistics taken once.
+        """Standardise features to zero mean and unit variance per channel from now on, with statistics of these images.
 
-        Terms on features are weighed for features as LayerNorm leaves them. The raw maps of a CNN are ten times as
-        large, and a squared difference a hundred times.
+        The default weights of terms on features assume features after a LayerNorm. Raw maps of a CNN are ten times as
+        large, squared differences a hundred times.
 
         Args:
             images: batches [B, 3, H, W].
-            when: "auto" does so only where a stage's channels have a mean standard deviation outside of 1/3 to 3.
+            when: "auto" does so only if the mean standard deviation of some stage's channels is outside 1/3 to 3.
 
         Returns:
-            The mean standard deviation of each stage's channels; empty where nothing was changed.
+            The mean standard deviation of each stage's channels; empty if features are not standardised.
         """
         if when is False or "features" not in self.needs:
             return []
-        found = channel_statistics(self.network, images)
-        scales = [deviation.mean().item() for _, deviation in found]
+        statistics = channel_statistics(self.network, images)
+        scales = [deviation.mean().item() for _, deviation in statistics]
         low, high = USUAL_SCALE
         if when == "auto" and all(low < scale < high for scale in scales):
             return []
-        self._statistics = found
+        self._statistics = statistics
         return scales
 
     def _standardised(self, output: SegmentationOutput) -> SegmentationOutput:
@@ -97,32 +97,32 @@ class FrozenTeacher(nn.Module):
         return output._replace(features=tuple(features))
 
     def _cast_weights(self, device: str) -> dict[str, Tensor]:
-        """Under autocast, the weights that it would cast at every step, as it would cast them."""
+        """Under autocast, return cached casts of the weights to the autocast dtype."""
         if not self.cast_once or not torch.is_autocast_enabled(device):
             return {}
         dtype = torch.get_autocast_dtype(device)
         state = (dtype, *((weight.data_ptr(), weight._version) for weight in self._weights.values()))
-        if state != self._cast_from:  # other weights were loaded, or they have moved
+        if state != self._cast_from:  # weights were loaded or moved
             self._cast = {name: w if w.dtype == torch.float64 else w.to(dtype) for name, w in self._weights.items()}
             self._cast_from = state
         return self._cast
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
-        """Do nothing: a teacher stays in eval."""
+        """Do nothing: the teacher stays in eval mode."""
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # nn.Module has no public hook for .to(), .cuda(), .half() …, all of which come through here
+        # .to(), .cuda(), .half() and others call this method; nn.Module has no public hook for them
         self.network._apply(fn)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
 def channel_statistics(network: nn.Module, images: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Mean [C] and standard deviation [C] of each stage's feature channels over images and positions.
+    """Compute mean [C] and standard deviation [C] of each stage's channels over images and positions.
 
     Args:
-        network: image -> SegmentationOutput, accepting ``needs``.
+        network: module from an image to a SegmentationOutput, with an argument ``needs``.
         images: batches [B, 3, H, W] on the network's device.
     """
     count, sums, squares = [0], list[Tensor](), list[Tensor]()

@@ -1,4 +1,4 @@
-"""Weights in and out, by one import."""
+"""Loading and saving of weights under one module name."""
 
 from transkd.models.factory import load_segmenter
 from transkd.models.storage.card import describe

@@ -61,8 +61,9 @@ def build_student(cfg: DictConfig, settings: StudentSettings, license_policy: st
 
 
 def build_teacher(cfg: DictConfig) -> Network | None:
-    """The teacher's network at random weights; None where the task is the only term."""
-    return instantiate(cfg.teacher.network) if len(cfg.criterion.terms) > 1 else None
+    """The teacher's network at random weights; None where no term reads it and the student does not start from it."""
+    used = len(cfg.criterion.terms) > 1 or cfg.student.from_teacher
+    return instantiate(cfg.teacher.network) if used else None
 
 
 def build_criterion(cfg: DictConfig, student: Sequence[int], teacher: Sequence[int]) -> Criterion:

@@ -1,5 +1,6 @@
 """What is set for the device that a run trains on: compiled code and the layout of weights."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,13 @@ class Device:
         kind = found or torch.device("cpu")
         mode = "default" if compile is True else compile or None
         return cls(kind, mode, kind.type == "cpu" if channels_last == "auto" else bool(channels_last))
+
+    @property
+    def local(self) -> torch.device:
+        """This process's own device, as torchrun and Lightning number them."""
+        return (
+            self.kind if self.kind.type == "cpu" else torch.device(self.kind.type, int(os.environ.get("LOCAL_RANK", 0)))
+        )
 
     @property
     def memory_format(self) -> torch.memory_format:

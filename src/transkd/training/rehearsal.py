@@ -86,8 +86,8 @@ def weigh(student: Network, teacher: nn.Module | None, criterion: Criterion, dat
         if len(weighted) > 1 and value > DOMINANT * others > 0:
             log.warning(
                 "the term %s is %.0f times all other terms together, so the student follows it alone: lower "
-                "criterion.terms.%s.weight, set it by its gradient ('auto(0.5)'), or let teacher.standardise=true bring "
-                "the teacher's features to the usual scale",
+                "criterion.terms.%s.weight, set it by its gradient ('auto(0.5)'), or bring the teacher's features "
+                "to the usual scale with teacher.standardise=true",
                 name,
                 value / others,
                 name,

@@ -4,7 +4,7 @@ import torch
 
 from transkd.errors import UserError
 from transkd.losses.shared.checks import check_positive, check_stages
-from transkd.losses.shared.grids import feature_pairs, labels_on_grid, nothing, on_grid
+from transkd.losses.shared.grids import connected_zero, feature_pairs, labels_on_grid, on_grid
 from transkd.outputs import SegmentationOutput
 
 
@@ -60,7 +60,7 @@ def test_the_teacher_takes_no_gradient():
 
 def test_nothing_is_a_differentiable_zero():
     tensors = [torch.tensor([1.0, float("inf"), float("nan")], requires_grad=True), torch.ones(2, requires_grad=True)]
-    value = nothing(*tensors)
+    value = connected_zero(*tensors)
     value.backward()
     assert value == 0
     assert all(tensor.grad.tolist() == [0.0] * len(tensor) for tensor in tensors)
@@ -74,12 +74,12 @@ def test_what_must_be_positive(value):
 
 @pytest.mark.parametrize("stages", [(), (0,), (1, 1), (-1, 2)])
 def test_stages(stages):
-    with pytest.raises(UserError, match="stages must be different numbers from 1 on, one at least"):
+    with pytest.raises(UserError, match="stages must be distinct numbers from 1, at least one"):
         check_stages(None, stages)
 
 
 def test_a_stage_that_a_network_does_not_have():
     output = SegmentationOutput(None, (torch.rand(1, 2, 4, 4),), (), torch.rand(1, 3, 16, 16))
     assert len(feature_pairs(None, (1,), output, output)) == 1
-    with pytest.raises(UserError, match=r"reads stage 4, but the student shows 1 stages of features; choose among"):
+    with pytest.raises(UserError, match=r"reads stage 4, but the student returns 1 stages of features; choose among"):
         feature_pairs(None, (4,), output, output)

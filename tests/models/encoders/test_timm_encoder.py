@@ -304,7 +304,7 @@ def test_pea_needs_embeddings(who):
     names = ("convnext_atto", "twins_svt_small")
     student, teacher = (segmenter(name) for name in (names if who == "student" else names[::-1]))
     term = PEALoss(student.channels, teacher.channels)
-    with pytest.raises(UserError, match=f"PEALoss compares embeddings, but the {who} shows none: .*patch embeddings"):
+    with pytest.raises(UserError, match=f"PEALoss compares embeddings, but the {who} returns none: .*patch embeddings"):
         term(student(IMAGE), teacher(IMAGE))
 
 

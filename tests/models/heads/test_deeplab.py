@@ -106,7 +106,7 @@ def test_one_image_alone_is_refused_in_training(size):
     together = [feature.repeat(2, 1, 1, 1) for feature in features]
     torch.testing.assert_close(head(features), head(together)[:1], rtol=1e-9, atol=1e-9)
     head.train()
-    with pytest.raises(UserError, match=r"cannot train on a batch of one image.*take two"):
+    with pytest.raises(UserError, match=r"cannot train on a batch of one image.*use two or more"):
         head(features)
     assert head(together).isfinite().all()
 

@@ -161,7 +161,7 @@ def test_an_imagenet_encoder_leaves_the_head(trained, fresh, tmp_path, caplog, w
         load_weights(fresh, path)
     assert equal(fresh.encoder, trained.encoder.state_dict())
     assert equal(fresh.head, before)
-    assert "encoder alone" in caplog.text
+    assert "only an encoder" in caplog.text
     assert fresh.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])  # a foreign file brings none
 
 
@@ -264,7 +264,7 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
         "zip.pth": lambda path: torch.save({"weight": torch.zeros(1), "more": Bomb(mark)}, path),
     }.items():
         write(tmp_path / name)
-        refused(tmp_path / name, "is no readable weights file: expected safetensors or a PyTorch checkpoint")
+        refused(tmp_path / name, "is not a readable weights file: expected safetensors or a PyTorch checkpoint")
     assert not mark.exists()
     pickle.loads((tmp_path / "plain.pth").read_bytes())  # the bomb is live
     assert mark.exists()
@@ -272,7 +272,7 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
 
 def test_missing(tmp_path):
     refused(tmp_path / "nowhere.pth", "weights file not found")
-    refused(tmp_path, r"is no folder of weights: expected config.json beside model.safetensors")
+    refused(tmp_path, r"is not a folder of weights: expected config.json and model.safetensors")
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 9, 100, -1])
@@ -286,7 +286,7 @@ def test_truncated(tmp_path, kind, size):
         torch.save(tensors, path, _use_new_zipfile_serialization=kind == "torch")
     assert read_weights(path).tensors.keys() == tensors.keys()
     path.write_bytes(path.read_bytes()[:size])
-    refused(path, r"damaged|is no readable weights file")
+    refused(path, r"damaged|is not a readable weights file")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_truncated(tmp_path, kind, size):
 def test_foreign(tmp_path, content):
     path = tmp_path / "foreign.bin"
     path.write_bytes(content)
-    refused(path, r"damaged safetensors|is no readable weights file")
+    refused(path, r"damaged safetensors|is not a readable weights file")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -332,4 +332,4 @@ def test_altered_bytes_are_an_error_for_the_user_or_harmless(tmp_path):
 def test_a_checkpoint_without_tensors_by_name(tmp_path, content):
     path = tmp_path / "other.pth"
     torch.save(content, path)
-    refused(path, "holds no weights: expected a mapping of names to tensors")
+    refused(path, "contains no weights: expected a mapping of names to tensors")

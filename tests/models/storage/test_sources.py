@@ -76,7 +76,7 @@ def test_a_hub_that_cannot_be_reached_says_how_to_do_without(no_network, source)
     ("source", "message"),
     [
         ("timm://resnet999", r"timm has no network 'resnet999' \(timm://resnet999\); timm.list_models"),
-        ("timm://pvt_v2_b2.nope", r"hub has no weights of timm's 'pvt_v2_b2.nope'.*there are: pvt_v2_b2.in1k"),
+        ("timm://pvt_v2_b2.nope", r"hub has no weights of timm's 'pvt_v2_b2.nope'.*available: pvt_v2_b2.in1k"),
         ("hf://not a name", r"cannot fetch hf://not a name .*Is the name right\?"),
     ],
 )
@@ -87,13 +87,13 @@ def test_a_name_that_is_none(no_network, source, message):
 
 def test_a_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"no folder of weights: expected config\.json beside"):
+    with pytest.raises(UserError, match=r"not a folder of weights: expected config\.json and"):
         read_weights(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "segformer"}')
     with pytest.raises(UserError, match=r"has a config\.json, but neither model\.safetensors nor pytorch_model\.bin"):
         read_weights(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json is no readable JSON"):
+    with pytest.raises(UserError, match=r"config.json is not readable JSON"):
         read_weights(tmp_path)
 
 
@@ -134,7 +134,7 @@ def test_other_classes_need_a_rule(b0, tmp_path, caplog):
         network = create_segmenter(
             "segformer_b0", num_classes=11, weights=tmp_path / "five.safetensors", classifier="new"
         )
-    assert "head.linear_pred.weight starts from random weights (classifier=new)" in caplog.text
+    assert "head.linear_pred.weight is initialised at random (classifier=new)" in caplog.text
     assert torch.equal(network.head.linear_fuse.conv.weight, b0.head.linear_fuse.conv.weight)
     assert len(network.head.linear_pred.weight) == 11
 
@@ -143,7 +143,7 @@ def test_the_rule_renews_nothing_but_a_classifier(b0, tmp_path):
     save_segmenter(b0, tmp_path / "b0.safetensors")
     with pytest.raises(UserError, match="does not fit segformer_b1"):
         create_segmenter("segformer_b1", num_classes=11, weights=tmp_path / "b0.safetensors", classifier="new")
-    with pytest.raises(UserError, match="classifier is 'same' or 'new', got 'fresh'"):
+    with pytest.raises(UserError, match="classifier must be 'same' or 'new', got 'fresh'"):
         load_weights(b0, tmp_path / "b0.safetensors", classifier="fresh")
 
 

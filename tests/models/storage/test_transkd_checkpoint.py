@@ -91,7 +91,7 @@ def test_shares_are_joined_in_order():
     ],
 )
 def test_a_tensor_that_belongs_nowhere_is_named(name):
-    with pytest.raises(UserError, match=f"'{name}' is no tensor of a TransKD checkpoint"):
+    with pytest.raises(UserError, match=f"'{name}' is not a tensor of a TransKD checkpoint"):
         split_transkd_checkpoint(golden.load("pea", "param.") | {name: torch.zeros(1)})
 
 

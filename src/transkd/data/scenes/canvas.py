@@ -1,7 +1,6 @@
-"""The canvas of the drawn road scenes: shapes given in metres land in picture, labels and depth at once.
+"""Canvas of the synthetic road scenes: rasterises shapes given in metres into image, labels and depth.
 
-The world has x to the right, y up from the ground and z ahead, all in metres; the camera stands at
-(0, CAMERA_HEIGHT, 0).
+World coordinates in metres: x to the right, y up from the ground, z ahead; the camera is at (0, CAMERA_HEIGHT, 0).
 """
 
 from collections.abc import Sequence
@@ -38,20 +37,20 @@ Color = tuple[int, int, int]
 CAMERA_HEIGHT = 1.4
 LABELS = {name: index for index, name in enumerate(CITYSCAPES.names)} | {"ignore": IGNORE}
 
-FAR = 400.0  # the depth of the sky
-NEAREST = 0.8  # what reaches behind the camera is pulled to this depth
+FAR = 400.0  # depth of the sky
+NEAREST = 0.8  # depth to which points closer to or behind the camera are moved
 SUBPIXEL_BITS = 4
 
 
 @dataclass
 class Canvas:
-    """A picture in the making.
+    """Image, labels, depth and light sources of a scene, with the camera's parameters.
 
     Attributes:
         image: RGB colours, uint8 [H, W, 3].
         label: train ids, uint8 [H, W].
         depth: metres, float32 [H, W].
-        light: what shines by itself, uint8 [H, W, 3].
+        light: colours of light sources, uint8 [H, W, 3].
         horizon: the row at which the ground ends.
         center: the column towards which the street runs.
         focal: focal length in pixels.
@@ -69,7 +68,7 @@ class Canvas:
 
     @classmethod
     def blank(cls, height: int, width: int, rng: np.random.Generator) -> "Canvas":
-        """An empty sky under a randomly pointed camera."""
+        """Create a canvas of sky with random camera parameters."""
         return cls(
             image=np.zeros((height, width, 3), np.uint8),
             label=np.full((height, width), LABELS["sky"], np.uint8),
@@ -82,7 +81,7 @@ class Canvas:
         )
 
     def project(self, points: Array) -> Array:
-        """Metres [..., 3] to pixel columns and rows [..., 2]."""
+        """Project points in metres [..., 3] to pixel columns and rows [..., 2]."""
         points = np.asarray(points, np.float64)
         z = np.maximum(points[..., 2], NEAREST)
         pixels = np.empty((*points.shape[:-1], 2))
@@ -95,9 +94,9 @@ class Canvas:
 
         Args:
             points: corners in metres; all polygons of one call share the colour.
-            color: RGB, or None to leave the picture as it is and only label it.
-            name: class of a new object, which then hides what lies behind; None for a detail on an object.
-            shines: whether the colour is still seen at night.
+            color: RGB, or None to write only the label.
+            name: class of a new object, which occludes what is behind it; None for a detail on an object.
+            shines: whether the polygon is a light source, visible at night.
         """
         points = np.asarray(points, np.float64)
         points = points.reshape(-1, *points.shape[-2:])
@@ -116,7 +115,7 @@ class Canvas:
             cv2.fillPoly(self.light, corners, color, cv2.LINE_AA, SUBPIXEL_BITS)
 
     def shadow(self, points: Array, strength: float = 0.5) -> None:
-        """Darken one polygon [P, 3], softly."""
+        """Darken a polygon [P, 3] with blurred edges."""
         pixels = _fixed_point(self.project(points))
         extent = np.ptp(pixels, 0) / 2**SUBPIXEL_BITS
         blur = max(1, int(0.02 * extent.sum()))
@@ -139,7 +138,7 @@ class Canvas:
         yaw: float = 0.0,
         taper: tuple[float, float, float] = (0.0, 0.0, 0.0),
     ) -> dict[str, "Face"]:
-        """Paint the sides of a box that the camera sees, and return them by name.
+        """Paint the visible sides of a box and return them by name.
 
         Args:
             place: x and z of the centre.
@@ -173,7 +172,7 @@ class Canvas:
         np.copyto(depth, plane.astype(np.float32), where=mask.astype(bool))
 
     def _plane_depth(self, points: Array, window: tuple[slice, slice]) -> Array:
-        """Depth of the plane through a polygon along the ray of every pixel of a window."""
+        """Depth of the polygon's plane at each pixel of a window."""
         bent = points[:3] - [0.0, CAMERA_HEIGHT, 0.0]
         bent[:, 0] += self.bend * bent[:, 2] ** 2 / 2
         normal = np.cross(bent[1] - bent[0], bent[2] - bent[0])
@@ -188,7 +187,7 @@ class Canvas:
         return max(columns) >= 0 and min(columns) < self.label.shape[1]
 
     def _window(self, pixels: Array, margin: int = 1) -> tuple[slice, slice] | None:
-        """The part of the picture that polygons (fixed-point pixels) touch; None where out of sight."""
+        """Bounding window of polygons (fixed-point pixels) in the image; None if they are outside of it."""
         height, width = self.label.shape
         left, top, across, down = cv2.boundingRect(pixels.reshape(-1, 2))
         one = 2**SUBPIXEL_BITS
@@ -198,23 +197,23 @@ class Canvas:
 
 
 class Face(NamedTuple):
-    """One side of a box: its corners [4, 3] from bottom left to top left, counter-clockwise from outside."""
+    """Side of a box: corners [4, 3] from bottom left to top left, counter-clockwise seen from outside."""
 
     corners: Array
 
     def patch(self, left: float, right: float, bottom: float, top: float) -> Array:
-        """The part between fractions of the width and the height, as corners [4, 3]."""
+        """Corners [4, 3] of the part between fractions of the width and the height."""
         return self._at(np.array([[left, bottom], [right, bottom], [right, top], [left, top]]))
 
     def grid(self, columns: int, rows: int, bottom: float, top: float, fill: tuple[float, float]) -> Array:
-        """Evenly spaced patches [columns·rows, 4, 3] between two heights; each fills a share of its cell."""
+        """Grid of patches [columns·rows, 4, 3] between two heights; each fills a fraction of its cell."""
         cells = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 1, 2)
         spread = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * np.array(fill) / 2
         unit = (cells + 0.5 + spread) / np.array([columns, rows])
         return self._at(unit * [1, top - bottom] + [0, bottom])
 
     def disc(self, across: float, height: float, radius: float) -> Array:
-        """A disc [P, 3] on the face; centre and radius in metres from the bottom left corner."""
+        """Disc [P, 3] on the face; centre in metres from the bottom left corner."""
         right = self.corners[1] - self.corners[0]
         right = right / np.linalg.norm(right)
         up = np.array([0.0, 1.0, 0.0])
@@ -223,7 +222,7 @@ class Face(NamedTuple):
 
     @property
     def length(self) -> float:
-        """Metres along the bottom edge."""
+        """Length of the bottom edge in metres."""
         return float(np.linalg.norm(self.corners[1] - self.corners[0]))
 
     def _at(self, unit: Array) -> Array:
@@ -232,7 +231,7 @@ class Face(NamedTuple):
 
 
 _BILINEAR = np.array([[-1, 1, 0, 0], [-1, 0, 0, 1], [1, -1, 1, -1]])
-"""Corners to the terms of u, v and u·v in their bilinear interpolation."""
+"""Matrix from the corners to the coefficients of u, v and u·v in bilinear interpolation."""
 
 _BRIGHTNESS = {"front": 0.9, "rear": 0.9, "left": 0.75, "right": 1.0, "top": 1.15}
 
@@ -244,7 +243,7 @@ _SIDES = {
     "left": (3, 0, 4, 7),
     "top": (4, 5, 6, 7),
 }
-"""Corners of each side: 0 to 3 are rear left, rear right, front right, front left below; 4 to 7 above."""
+"""Corner indices of each side: rear left, rear right, front right, front left; 0 to 3 at the bottom, 4 to 7 on top."""
 
 
 def _box_corners(
@@ -265,12 +264,12 @@ def _box_corners(
 
 
 def _turns_to_camera(a: list[float], b: list[float], c: list[float], d: list[float]) -> bool:
-    """Whether the corners of a quad run in pixels as they do when seen from outside."""
+    """Whether the projected corners of a quad have the orientation of a side seen from outside."""
     return (c[0] - a[0]) * (d[1] - b[1]) < (d[0] - b[0]) * (c[1] - a[1])
 
 
 def _fixed_point(pixels: Array) -> Array:
-    """Pixels as OpenCV takes them with a fraction of SUBPIXEL_BITS."""
+    """Convert pixels to OpenCV's fixed-point format with SUBPIXEL_BITS fractional bits."""
     return np.asarray(np.rint(pixels * 2**SUBPIXEL_BITS).astype(np.int32))
 
 
@@ -279,7 +278,7 @@ def _shifted(corners: Array, window: tuple[slice, slice]) -> Array:
 
 
 def circle(center: Sequence[float], radius: float | tuple[float, float], corners: int = 14) -> Array:
-    """An ellipse as a polygon [corners, 2]; a radius across and a radius up, or one for both."""
+    """Ellipse as a polygon [corners, 2]; `radius` is (horizontal, vertical) or one number for both."""
     return np.asarray(_unit_circle(corners) * radius + np.asarray(center))
 
 
@@ -290,7 +289,7 @@ def _unit_circle(corners: int) -> Array:
 
 
 def limb(start: Sequence[float], end: Sequence[float], thickness: float) -> Array:
-    """A straight bar [4, 2] between two points of a plane."""
+    """Straight bar [4, 2] between two points of a plane."""
     (ax, ay), (bx, by) = start, end
     factor = thickness / 2 / max(hypot(bx - ax, by - ay), 1e-6)
     x, y = (ay - by) * factor, (bx - ax) * factor
@@ -298,24 +297,24 @@ def limb(start: Sequence[float], end: Sequence[float], thickness: float) -> Arra
 
 
 def upright(place: tuple[float, float], shape: Array, yaw: float = np.pi / 2) -> Array:
-    """Stand a flat shape [..., P, 2] of (along, up) metres on the ground, its first axis along the yaw."""
+    """Place a flat shape [..., P, 2] of (along, up) metres upright on the ground, its first axis along the yaw."""
     shape = np.asarray(shape, np.float64)
     turn = np.array([[sin(yaw), 0, cos(yaw)], [0, 1, 0]])
     return np.asarray(shape @ turn + [place[0], 0, place[1]])
 
 
 def ground_ellipse(place: tuple[float, float], across: float, ahead: float) -> Array:
-    """An ellipse [P, 3] on the ground, with its radii in metres."""
+    """Ellipse [P, 3] on the ground with radii in metres."""
     ellipse = circle(place, (across, ahead))
     return np.stack([ellipse[:, 0], np.zeros(len(ellipse)), ellipse[:, 1]], -1)
 
 
 def tint(color: Color, factor: float) -> Color:
-    """A colour made darker or lighter."""
+    """Scale the brightness of a colour."""
     r, g, b = (int(min(max(channel * factor, 0), 255)) for channel in color)
     return r, g, b
 
 
 def pick(rng: np.random.Generator, colors: Sequence[Color], spread: float = 0.15) -> Color:
-    """One of the colours at a slightly random brightness."""
+    """Sample one of the colours, with a random brightness within ±spread."""
     return tint(colors[int(rng.integers(len(colors)))], 1 + rng.uniform(-spread, spread))

@@ -1,4 +1,4 @@
-"""The plan of a drawn street, and its ground: road, markings, sidewalks and grass."""
+"""Plan of a synthetic street, and its ground: road, markings, sidewalks and grass."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +19,7 @@ GRASS = [(96, 108, 58), (116, 112, 62), (112, 92, 68), (84, 98, 52)]
 
 @dataclass(frozen=True)
 class Verge:
-    """What lies beside the road on one side.
+    """Strips beside the road on one side.
 
     Attributes:
         side: −1 left, 1 right.
@@ -35,11 +35,11 @@ class Verge:
 
     @property
     def front(self) -> float:
-        """Distance of the houses from the camera's line."""
+        """Distance |x| of the houses."""
         return self.curb + sum(width for _, width in self.strips)
 
     def middle_of(self, name: str) -> float | None:
-        """Signed x in the middle of a strip, or None where there is none."""
+        """Signed x of the middle of a strip, None if there is no such strip."""
         x = self.curb
         for strip, width in self.strips:
             if strip == name:
@@ -50,7 +50,7 @@ class Verge:
 
 @dataclass(frozen=True)
 class Street:
-    """The plan of one street; the camera drives in the lane around x = 0.
+    """Plan of a street; the camera is in the lane around x = 0.
 
     Attributes:
         oncoming: x of the lanes of oncoming traffic.
@@ -66,7 +66,7 @@ class Street:
 
 
 def plan_street(rng: np.random.Generator) -> Street:
-    """Draw lots for the lanes, the strips beside the road and the crossing."""
+    """Sample the lanes, the strips beside the road and the crossing."""
     oncoming: list[float] = []
     track, x = None, -LANE / 2
     with_track, track_first = rng.random() < 0.6, rng.random() < 0.6
@@ -90,7 +90,7 @@ def _plan_verge(side: int, curb: float, rng: np.random.Generator) -> Verge:
 
 
 class Ground(NamedTuple):
-    """The point of the ground that each pixel below the horizon sees.
+    """Ground point of each pixel below the horizon.
 
     Attributes:
         x: metres to the right [h, w].
@@ -104,7 +104,7 @@ class Ground(NamedTuple):
 
 
 def draw_ground(canvas: Canvas, street: Street, rng: np.random.Generator) -> None:
-    """Colour and label every pixel below the horizon by the point of the ground that it sees."""
+    """Colour and label every pixel below the horizon by its ground point."""
     height, width = canvas.label.shape
     top = int(np.ceil(canvas.horizon + 0.5))
     rows = np.arange(top, height, dtype=np.float32)[:, None]
@@ -129,7 +129,7 @@ def draw_ground(canvas: Canvas, street: Street, rng: np.random.Generator) -> Non
 
 
 def _strips(street: Street, rng: np.random.Generator) -> tuple[list[float], list[str], list[Array]]:
-    """Edges between the strips from left to right, and the name and colour of each strip."""
+    """Return the edges between the strips from left to right, and the name and colour of each strip."""
     tone = rng.uniform(66, 108)
     look = {
         "road": tone * np.array([1.0, 1.0, 1.02]),
@@ -141,7 +141,7 @@ def _strips(street: Street, rng: np.random.Generator) -> tuple[list[float], list
     colors = [look["road"]]
     for verge in street.verges:
         x = verge.curb
-        for name, width in (*verge.strips, ("terrain", 0.0)):  # beyond the last strip the garden starts
+        for name, width in (*verge.strips, ("terrain", 0.0)):  # gardens beyond the last strip
             x += width
             at = 0 if verge.side < 0 else len(names)
             names.insert(at, name)
@@ -152,11 +152,11 @@ def _strips(street: Street, rng: np.random.Generator) -> tuple[list[float], list
 
 
 def _texture(ground: Ground, rng: np.random.Generator) -> Array:
-    """A factor [h, w, 1] that lies on the ground in perspective: grain, patches and worn tracks."""
+    """Texture factor [h, w, 1] in ground coordinates: grain, patches and worn tracks."""
     x, z, pixel = ground
     tile = rng.standard_normal((256, 256), np.float32)
     coarse = cv2.GaussianBlur(tile, (0, 0), 6) * 14
-    sharp = np.clip(1 / (120 * pixel), 0.15, 1)  # grain finer than a pixel averages out
+    sharp = np.clip(1 / (120 * pixel), 0.15, 1)  # fade grain finer than a pixel
     grain = tile[(z * 22).astype(int) & 255, (x * 22).astype(int) & 255]
     patches = coarse[(z * 9).astype(int) & 255, (x * 9).astype(int) & 255]
     worn = 0.05 * np.cos(x * 2 * np.pi / (LANE / 2))
@@ -164,14 +164,14 @@ def _texture(ground: Ground, rng: np.random.Generator) -> Array:
 
 
 def _paint_slabs(color: Array, label: Array, ground: Ground) -> None:
-    """Joints between the slabs of the sidewalk; they fade where they become thinner than a pixel."""
+    """Draw the joints between sidewalk slabs, faded where they are thinner than a pixel."""
     joint = ((np.abs(ground.x) % 0.9 < 0.05) | (ground.z % 0.9 < 0.05)) & (label == LABELS["sidewalk"])
     color *= np.where(joint, 0.78 + 0.2 * np.clip(24 * ground.pixel, 0, 1), 1)[..., None]
 
 
 def _paint_lane_lines(color: Array, street: Street, ground: Ground, white: float) -> None:
     x, z, pixel = ground
-    half = np.maximum(0.08, 0.5 * pixel)  # at least a pixel wide
+    half = np.maximum(0.08, 0.5 * pixel)  # at least one pixel wide
     lines = (np.abs(x + LANE / 2) < half) & (z % 9 < 6)
     for lane in street.oncoming:
         lines |= (np.abs(x - lane + LANE / 2) < half) & (z % 6 < 3)
@@ -179,7 +179,7 @@ def _paint_lane_lines(color: Array, street: Street, ground: Ground, white: float
 
 
 def _paint_curb(color: Array, verge: Verge, ground: Ground, white: float) -> None:
-    """The edge of the sidewalk, the gutter before it, and the line beside parked cars."""
+    """Draw the curb, the gutter, and the line beside parked cars."""
     beyond = verge.side * ground.x - verge.curb
     if verge.parked:
         color[np.abs(beyond + PARKING) < np.maximum(0.08, 0.5 * ground.pixel)] = white * 0.92
@@ -193,7 +193,7 @@ def _paint_rails(color: Array, track: float, ground: Ground) -> None:
 
 
 def _paint_crossing(color: Array, street: Street, crossing: float, ground: Ground, white: float) -> None:
-    """Zebra stripes, and the stop line before them."""
+    """Draw zebra stripes and the stop line."""
     x, ahead = ground.x, ground.z - crossing
     left, right = street.verges
     road = (x > 0.2 - left.curb) & (x < right.curb - 0.2)

@@ -1,4 +1,4 @@
-"""People and two-wheelers of the drawn road scenes."""
+"""People and two-wheelers of the synthetic road scenes."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ RUBBER: Color = (20, 20, 22)
 
 
 def draw_person(canvas: Canvas, place: tuple[float, float], rng: np.random.Generator) -> None:
-    """Someone who stands or walks, perhaps with a bag."""
+    """Draw a standing or walking person, sometimes with a bag."""
     size = rng.uniform(0.92, 1.06) if rng.random() < 0.85 else 0.7
     coat, trousers = pick(rng, COATS), pick(rng, TROUSERS)
     stride, long_coat = rng.uniform(0.05, 0.3), rng.random() < 0.3
@@ -55,10 +55,10 @@ def draw_two_wheeler(
     motor: bool = False,
     ridden: bool = True,
 ) -> None:
-    """A bicycle or motorcycle, with or without its rider.
+    """Draw a bicycle or motorcycle, with or without a rider.
 
     Args:
-        canvas: where to paint.
+        canvas: canvas to draw on.
         place: x and z of the middle.
         yaw: heading in radians; near 0 or π it is seen from its end, otherwise from the side.
         rng: source of the colours.
@@ -83,7 +83,9 @@ def _bicycle_side(canvas: Canvas, place: tuple[float, float], yaw: float, color:
         canvas.paint(upright(place, shape, yaw), paint, "bicycle" if labelled else None)
 
     for axle in (-0.54, 0.54):
-        part(circle((axle, 0.35), 0.37), None)  # as in Cityscapes, what is seen through the spokes counts
+        part(
+            circle((axle, 0.35), 0.37), None
+        )  # label the whole wheel including the gaps between the spokes, as in Cityscapes
         rim = circle((axle, 0.35), 0.34, 17)
         part(np.stack([limb(a, b, 0.07) for a, b in zip(rim, np.roll(rim, 1, 0), strict=True)]), RUBBER, False)
         part(np.stack([limb((axle, 0.35), end, 0.015) for end in rim[::3]]), (120, 120, 122), False)

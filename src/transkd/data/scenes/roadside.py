@@ -1,4 +1,4 @@
-"""What stands beside the road of a drawn scene: houses, walls, fences, plants, poles, lights and signs."""
+"""Roadside objects of the synthetic scenes: houses, walls, fences, plants, poles, lights and signs."""
 
 import numpy as np
 
@@ -51,7 +51,7 @@ LIT: Color = (255, 206, 128)
 def draw_building(
     canvas: Canvas, side: int, front: float, near: float, length: float, rng: np.random.Generator
 ) -> None:
-    """A house along the street.
+    """Draw a house along the street.
 
     Args:
         canvas: where to paint.
@@ -105,7 +105,7 @@ def _shop_front(canvas: Canvas, face: Face, top: float, rng: np.random.Generator
 
 
 def draw_wall(canvas: Canvas, side: int, front: float, near: float, length: float, rng: np.random.Generator) -> None:
-    """A brick or stone wall with a coping."""
+    """Draw a brick or stone wall with a coping."""
     height, color = rng.uniform(1.6, 3.0), pick(rng, STONES)
     place = (side * (front + 0.2), near + length / 2)
     for face in canvas.box(place, (length, 0.4, height), color, "wall").values():
@@ -116,7 +116,7 @@ def draw_wall(canvas: Canvas, side: int, front: float, near: float, length: floa
 
 
 def draw_fence(canvas: Canvas, side: int, front: float, near: float, length: float, rng: np.random.Generator) -> None:
-    """Railings; what is seen between the bars is labelled fence, as in Cityscapes."""
+    """Draw railings; gaps between the bars are labelled fence, as in Cityscapes."""
     height, color, boarded = rng.uniform(1.1, 1.9), pick(rng, FENCES), rng.random() < 0.4
     x, far = side * front, near + length
     face = Face(np.array([[x, 0, near], [x, 0, far], [x, height, far], [x, height, near]]))
@@ -129,7 +129,7 @@ def draw_fence(canvas: Canvas, side: int, front: float, near: float, length: flo
 
 
 def draw_hedge(canvas: Canvas, side: int, front: float, near: float, length: float, rng: np.random.Generator) -> None:
-    """A clipped hedge."""
+    """Draw a clipped hedge."""
     color, height = pick(rng, GREENS), rng.uniform(1.0, 2.4)
     place = (side * (front + 0.6), near + length / 2)
     for face in canvas.box(place, (length, 1.2, height), color, "vegetation", taper=(0, 0, 0.12)).values():
@@ -140,7 +140,7 @@ def draw_hedge(canvas: Canvas, side: int, front: float, near: float, length: flo
 
 
 def draw_tree(canvas: Canvas, place: tuple[float, float], rng: np.random.Generator) -> None:
-    """A broad-leaved tree or a conifer."""
+    """Draw a broad-leaved tree or a conifer."""
     color, height = pick(rng, GREENS), rng.uniform(5.0, 10.0)
     conifer = rng.random() < 0.25
     trunk = height * (0.2 if conifer else 0.45)
@@ -159,7 +159,7 @@ def draw_tree(canvas: Canvas, place: tuple[float, float], rng: np.random.Generat
 
 
 def draw_bush(canvas: Canvas, place: tuple[float, float], rng: np.random.Generator) -> None:
-    """A round bush."""
+    """Draw a round bush."""
     radius = rng.uniform(0.5, 1.1)
     canvas.shadow(ground_ellipse(place, radius, 0.4), 0.4)
     _foliage(canvas, place, (0, radius * 0.8), radius, pick(rng, GREENS), rng)
@@ -173,7 +173,7 @@ def _foliage(
     color: Color,
     rng: np.random.Generator,
 ) -> None:
-    """A lumpy crown with darker leaves below and lighter ones towards the sky."""
+    """Draw an irregular crown, darker at the bottom and lighter at the top."""
     wobble = rng.uniform(0.8, 1.12, (22, 1))
     outline = circle((0, 0), (radius * 1.1, radius), 22) * wobble
     outline[:, 1] = np.maximum(outline[:, 1], -center[1])  # never below the ground
@@ -187,7 +187,7 @@ def _foliage(
 
 
 def draw_street_lamp(canvas: Canvas, place: tuple[float, float], rng: np.random.Generator) -> None:
-    """A lamp post whose arm reaches over the road."""
+    """Draw a lamp post with an arm over the road."""
     steel, height = pick(rng, STEEL), rng.uniform(5.5, 7.5)
     reach = -1.4 * float(np.sign(place[0]))
     canvas.paint(upright(place, limb((0, 0), (0, height), 0.17)), steel, "pole")
@@ -198,7 +198,7 @@ def draw_street_lamp(canvas: Canvas, place: tuple[float, float], rng: np.random.
 
 
 def draw_traffic_light(canvas: Canvas, place: tuple[float, float], rng: np.random.Generator) -> None:
-    """A signal head on a mast, with a second one over the road at times."""
+    """Draw a traffic light on a mast, sometimes with a second one over the road."""
     steel, phase = pick(rng, STEEL), int(rng.integers(3))
     inward = -float(np.sign(place[0]))
     overhead = rng.random() < 0.5
@@ -238,7 +238,7 @@ _FIFTY = np.stack(
 
 
 def draw_sign(canvas: Canvas, place: tuple[float, float], rng: np.random.Generator) -> None:
-    """One of the common traffic signs on its post."""
+    """Draw a common traffic sign on a post."""
     red: Color = (196, 26, 32)
     white: Color = (236, 236, 232)
     blue: Color = (24, 76, 158)

@@ -1,4 +1,4 @@
-"""Who and what is where in a drawn street."""
+"""Placement of the objects in a synthetic street."""
 
 from collections.abc import Callable
 
@@ -29,24 +29,24 @@ VEHICLES = (("car", CAR_LENGTH), ("truck", 8.0), ("bus", 11.0), ("motorcycle", 2
 VEHICLE_SHARES = (0.36, 0.17, 0.2, 0.15, 0.12)
 
 Thing = tuple[float, Callable[[], None]]
-"""Something to draw: its distance, which decides the order, and the function that draws it."""
+"""Object to draw: its distance, for the drawing order, and the function that draws it."""
 
 
 def draw_street(canvas: Canvas, street: Street, rng: np.random.Generator) -> None:
-    """Everything above the ground, from far to near."""
+    """Draw all objects above the ground, from far to near."""
     _draw_skyline(canvas, rng)
     frontage = [thing for verge in street.verges for thing in _frontage(canvas, verge, rng)]
     things = _traffic(canvas, street, rng) + _walkers(canvas, street, rng)
     for verge in street.verges:
         things += _furniture(canvas, street, verge, rng) + _parked(canvas, street, verge, rng)
-    # Houses never stand before what is nearer to the middle of the street, whatever its depth.
+    # Draw the frontage first: houses never occlude objects closer to the middle of the street.
     for layer in (frontage, things):
         for _, draw in sorted(layer, key=lambda thing: -thing[0]):
             draw()
 
 
 def _draw_skyline(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Far houses and trees where the street ends."""
+    """Draw distant houses and trees at the end of the street."""
     x = -150.0
     while x < 150:
         width, green = rng.uniform(8, 24), rng.random() < 0.4
@@ -59,7 +59,7 @@ def _draw_skyline(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def _frontage(canvas: Canvas, verge: Verge, rng: np.random.Generator) -> list[Thing]:
-    """Houses, walls, fences and hedges along one side."""
+    """Return houses, walls, fences and hedges along one side."""
     things: list[Thing] = []
     near = rng.uniform(2, 8)
     built_up = rng.uniform(0.3, 0.75)
@@ -75,7 +75,7 @@ def _frontage(canvas: Canvas, verge: Verge, rng: np.random.Generator) -> list[Th
 
 
 def _garden(canvas: Canvas, verge: Verge, near: float, length: float, rng: np.random.Generator) -> list[Thing]:
-    """Trees and at times a house behind a wall or fence."""
+    """Return trees, and sometimes a house, behind a wall or fence."""
     things = []
     for _ in range(int(rng.integers(0, 4))):
         place = (verge.side * (verge.front + rng.uniform(2.5, 7)), near + rng.uniform(0.2, 0.95) * length)
@@ -87,7 +87,7 @@ def _garden(canvas: Canvas, verge: Verge, near: float, length: float, rng: np.ra
 
 
 def _traffic(canvas: Canvas, street: Street, rng: np.random.Generator) -> list[Thing]:
-    """Vehicles in the lanes and on the track."""
+    """Return the vehicles in the lanes and on the track."""
     things: list[Thing] = []
     lanes = [(0.0, AWAY), *((x, TOWARDS) for x in street.oncoming)]
     for lane, heading in lanes:
@@ -118,14 +118,14 @@ def _draw_vehicle(
 
 
 def _clear_of_crossing(street: Street, near: float, length: float) -> float:
-    """Where a vehicle can stand without blocking the zebra crossing."""
+    """Move a vehicle's depth so that it does not block the zebra crossing."""
     if street.crossing is not None and near < street.crossing + 4 and near + length > street.crossing - 1:
         return street.crossing + 4
     return near
 
 
 def _walkers(canvas: Canvas, street: Street, rng: np.random.Generator) -> list[Thing]:
-    """People on the sidewalks and on the crossing, two-wheelers beside and across the road."""
+    """Return people on the sidewalks and the crossing, and two-wheelers beside and on the road."""
     things: list[Thing] = []
     for verge in street.verges:
         walk = verge.middle_of("sidewalk")
@@ -149,7 +149,7 @@ def _walkers(canvas: Canvas, street: Street, rng: np.random.Generator) -> list[T
 
 
 def _bike_stand(canvas: Canvas, walk: float, rng: np.random.Generator) -> list[Thing]:
-    """A few bicycles or motorcycles left on the sidewalk."""
+    """Return a few bicycles or motorcycles parked on the sidewalk."""
     motor, depth = bool(rng.random() < 0.4), _spread_depth(rng, 8, 20)
     yaw = float(np.sign(-walk)) * np.pi / 2 + rng.uniform(-0.4, 0.4)
     things = []
@@ -161,7 +161,7 @@ def _bike_stand(canvas: Canvas, walk: float, rng: np.random.Generator) -> list[T
 
 
 def _furniture(canvas: Canvas, street: Street, verge: Verge, rng: np.random.Generator) -> list[Thing]:
-    """Lamps, signs, traffic lights, trees and bushes of one side."""
+    """Return lamps, signs, traffic lights, trees and bushes of one side."""
     things: list[Thing] = []
     edge = verge.side * (verge.curb + 0.4)
     for depth in np.arange(rng.uniform(9, 18), 70, rng.uniform(16, 26)):
@@ -182,7 +182,7 @@ def _furniture(canvas: Canvas, street: Street, verge: Verge, rng: np.random.Gene
 
 
 def _parked(canvas: Canvas, street: Street, verge: Verge, rng: np.random.Generator) -> list[Thing]:
-    """A row of cars at the curb, with gaps."""
+    """Return a row of parked cars at the curb, with gaps."""
     things: list[Thing] = []
     near = rng.uniform(5, 12)
     heading = AWAY if verge.side > 0 else TOWARDS
@@ -195,17 +195,17 @@ def _parked(canvas: Canvas, street: Street, verge: Verge, rng: np.random.Generat
 
 
 def _distance(x: float, near: float) -> float:
-    """Order of drawing: beside a long vehicle, what is farther aside is hidden although it starts nearer."""
+    """Sorting distance of a vehicle: increases with |x|, because a long vehicle occludes those farther to the side."""
     return near + 0.7 * abs(x)
 
 
 def _spread_depth(rng: np.random.Generator, near: float, far: float) -> float:
-    """A depth between the two, near ones more often."""
+    """Sample a depth log-uniformly between two values."""
     return float(np.exp(rng.uniform(np.log(near), np.log(far))))
 
 
 def _thing(
     distance: float, draw: Callable[..., None], *args: object, rng: np.random.Generator, **options: object
 ) -> Thing:
-    """Postpone a drawing until its turn comes."""
+    """Bind the arguments of a drawing function, to be called in depth order."""
     return distance, lambda: draw(*args, rng=rng, **options)

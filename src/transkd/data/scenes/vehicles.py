@@ -1,4 +1,4 @@
-"""The vehicles of the drawn road scenes: boxes on wheels, built from the ground up."""
+"""Vehicles of the synthetic road scenes: boxes with wheels."""
 
 import numpy as np
 
@@ -29,7 +29,7 @@ CARGO_PAINT = [(220, 220, 216), (150, 156, 160), (60, 92, 140), (180, 90, 40), (
 
 
 def draw_car(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.random.Generator) -> None:
-    """A hatchback, saloon or van."""
+    """Draw a hatchback, saloon or van."""
     color = pick(rng, CAR_PAINT)
     van = rng.random() < 0.2
     height, waist, width = (1.95, 1.05, 1.9) if van else (rng.uniform(1.42, 1.62), 0.88, 1.78)
@@ -51,7 +51,7 @@ def draw_car(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.ran
 
 
 def draw_truck(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.random.Generator) -> None:
-    """A lorry: a cab ahead of a tall load."""
+    """Draw a lorry: a cab and a load."""
     cab_color, load_color = pick(rng, CAR_PAINT), pick(rng, CARGO_PAINT)
     length, width, height = 8.0, 2.4, rng.uniform(2.9, 3.5)
     forward = np.array([np.sin(yaw), np.cos(yaw)])
@@ -89,7 +89,7 @@ def draw_truck(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.r
 
 
 def draw_bus(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.random.Generator) -> None:
-    """A city bus with a lit destination board."""
+    """Draw a city bus with an illuminated destination board."""
     color = pick(rng, BUS_PAINT)
     length, width = 11.0, 2.5
     _ground_shadow(canvas, place, length, width, yaw)
@@ -107,7 +107,7 @@ def draw_bus(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.ran
 
 
 def draw_tram(canvas: Canvas, place: tuple[float, float], yaw: float, rng: np.random.Generator) -> None:
-    """A tram of two coaches, long and without visible wheels."""
+    """Draw a tram of two coaches, without visible wheels."""
     color = pick(rng, TRAM_PAINT)
     length, width = 16.0, 2.4
     _ground_shadow(canvas, place, length, width, yaw)
@@ -155,7 +155,7 @@ def _wheels(canvas: Canvas, body: dict[str, Face], along: tuple[float, ...], rad
 
 
 def _tyres(canvas: Canvas, body: dict[str, Face], clearance: float, name: str) -> None:
-    """The dark space under the near end of a vehicle, and its two tyres."""
+    """Draw the dark space under the near end of a vehicle and its two tyres."""
     for side in ("front", "rear"):
         if side in body:
             height = float(np.ptp(body[side].corners[:, 1]))

@@ -1,4 +1,4 @@
-"""Light and weather of the drawn scenes: what turns a painted canvas into a photograph of a bad day."""
+"""Light and weather of the synthetic scenes: renders the image of a canvas in an adverse condition."""
 
 import cv2
 import numpy as np
@@ -13,14 +13,14 @@ SKIES = {
     "rain": ((128, 136, 146), (176, 180, 184)),
     "snow": ((172, 182, 196), (214, 218, 224)),
 }
-"""Colours overhead and at the horizon."""
+"""Sky colours at the zenith and at the horizon."""
 
 GRAIN = {"vegetation": 0.13, "terrain": 0.11, "building": 0.045, "wall": 0.07, "sky": 0.0}
-"""How rough surfaces look; 0.03 for every other class."""
+"""Noise amplitude of surface textures by class; 0.03 for all other classes."""
 
 
 def draw_sky(canvas: Canvas, condition: str, rng: np.random.Generator) -> None:
-    """A gradient with clouds behind everything."""
+    """Draw a sky gradient with clouds."""
     width = canvas.label.shape[1]
     overhead, horizon = (np.array(color, np.float32) for color in SKIES[condition])
     down = np.linspace(0, 1, max(int(canvas.horizon) + 2, 2), dtype=np.float32)[:, None, None]
@@ -31,26 +31,26 @@ def draw_sky(canvas: Canvas, condition: str, rng: np.random.Generator) -> None:
 
 
 def fog(canvas: Canvas, rng: np.random.Generator) -> Array:
-    """A veil that thickens with the distance."""
+    """Fog: blend with grey by distance."""
     image = _daylight(canvas, rng) * rng.uniform(0.78, 0.95)
     image = _veiled(image, canvas, rng.uniform(25, 55), _rgb(190, 193, 196) * rng.uniform(0.88, 1.08))
     return image + 0.35 * _halo(canvas.light, 0.02)
 
 
 def night(canvas: Canvas, rng: np.random.Generator) -> Array:
-    """Darkness with street lamps, lit windows and the own headlights."""
+    """Night: darkness with street lamps, lit windows and the camera car's headlights."""
     image = _daylight(canvas, rng) * (_rgb(0.82, 0.9, 1.12) * rng.uniform(0.22, 0.34))
     columns = np.arange(image.shape[1], dtype=np.float32) - canvas.center
     beam = np.exp(-((columns / (0.33 * image.shape[1])) ** 2))[None] * np.exp(-canvas.depth / 16)
-    beam *= np.clip(np.arange(len(beam), dtype=np.float32) / canvas.horizon, 0.2, 1)[:, None]  # dipped
+    beam *= np.clip(np.arange(len(beam), dtype=np.float32) / canvas.horizon, 0.2, 1)[:, None]  # dipped headlights
     image *= 1 + 2.6 * beam[..., None] * _rgb(1.0, 0.96, 0.84)
     glow = 0.9 * _halo(canvas.light, 0.012) + 1.5 * _halo(canvas.light, 0.05)
-    image += image * glow / 60 + 0.55 * glow  # light falls on what is near a lamp, and scatters in the air
+    image += image * glow / 60 + 0.55 * glow  # illumination near lamps, plus light scattered in the air
     return np.maximum(image, canvas.light) + 4 * rng.standard_normal(image.shape, np.float32)
 
 
 def rain(canvas: Canvas, rng: np.random.Generator) -> Array:
-    """Grey light, a mirroring road and streaks of falling drops."""
+    """Rain: grey light, reflections on the road and rain streaks."""
     image = _daylight(canvas, rng)
     grey = image.mean(-1, keepdims=True)
     image = (grey + 0.72 * (image - grey)) * rng.uniform(0.58, 0.75)
@@ -62,7 +62,7 @@ def rain(canvas: Canvas, rng: np.random.Generator) -> Array:
 
 
 def snow(canvas: Canvas, rng: np.random.Generator) -> Array:
-    """White ground and roofs under falling flakes."""
+    """Snow: snow cover on ground and roofs, and snowflakes."""
     image = _daylight(canvas, rng)
     cover = _snow_cover(canvas, rng)[..., None]
     image += cover * (_rgb(232, 236, 242) * rng.uniform(0.93, 1.02) - image)
@@ -73,7 +73,7 @@ def snow(canvas: Canvas, rng: np.random.Generator) -> Array:
 
 
 WEATHER = {"fog": fog, "night": night, "rain": rain, "snow": snow}
-"""Condition to the function that gives the finished picture, float [H, W, 3] from 0 to 255."""
+"""Rendering functions by condition; each returns the image, float [H, W, 3] from 0 to 255."""
 
 
 def _rgb(*channels: float) -> Array:
@@ -81,7 +81,7 @@ def _rgb(*channels: float) -> Array:
 
 
 def _daylight(canvas: Canvas, rng: np.random.Generator) -> Array:
-    """The painted picture with rough surfaces and a slight colour cast."""
+    """The image with surface texture and a slight colour cast."""
     shape = canvas.label.shape
     rough = np.full(256, 0.03, np.float32)
     for name, strength in GRAIN.items():
@@ -92,13 +92,13 @@ def _daylight(canvas: Canvas, rng: np.random.Generator) -> Array:
 
 
 def _veiled(image: Array, canvas: Canvas, sight: float, veil: Array) -> Array:
-    """Mix a colour over everything, by the distance; ``sight`` in metres is where two thirds are lost."""
+    """Blend with a colour by distance; at ``sight`` metres, 1/e of the image is left."""
     clear = np.exp(-canvas.depth / sight)[..., None]
     return np.asarray(image * clear + veil * (1 - clear))
 
 
 def _halo(light: Array, spread: float) -> Array:
-    """The lights blurred by a share of the width, at a quarter of the resolution for speed."""
+    """Blur the lights by a fraction of the width, at a quarter of the resolution for speed."""
     height, width = light.shape[:2]
     small = cv2.resize(light, (max(width // 4, 1), max(height // 4, 1)), interpolation=cv2.INTER_AREA)
     blurred = cv2.GaussianBlur(small.astype(np.float32), (0, 0), max(spread * width / 4, 0.5))
@@ -116,7 +116,7 @@ def _mirrored_in_road(image: Array, canvas: Canvas, rng: np.random.Generator) ->
 
 
 def _snow_cover(canvas: Canvas, rng: np.random.Generator) -> Array:
-    """How much of each pixel is white, 0–1."""
+    """Snow cover of each pixel, 0–1."""
     label, depth = canvas.label, canvas.depth
     lying = np.zeros(256, np.float32)
     for name, share in (("terrain", 0.95), ("sidewalk", 0.72), ("road", 0.48), ("vegetation", 0.3)):
@@ -124,14 +124,14 @@ def _snow_cover(canvas: Canvas, rng: np.random.Generator) -> Array:
     uneven = 1 + 0.12 * _soft_noise(rng, label.shape, cells=(30, 24))
     columns = np.arange(label.shape[1], dtype=np.float32) - canvas.center
     x = columns * depth / canvas.focal - canvas.bend / 2 * depth**2
-    tracks = 0.2 * np.cos(x * 2 * np.pi / 1.65) * (label == LABELS["road"])  # driven bare by the wheels
+    tracks = 0.2 * np.cos(x * 2 * np.pi / 1.65) * (label == LABELS["road"])  # wheel tracks
     cover = lying[label] * uneven + tracks
     cover[_catches_snow(canvas)] = 0.92
     return np.asarray(cover.clip(0, 0.96))
 
 
 def _catches_snow(canvas: Canvas) -> Array:
-    """Where something much farther away is seen right above: roofs, copings, bonnets and crowns."""
+    """Mask of upper edges, where the pixel above is much farther away: roofs, copings, bonnets and crowns."""
     height = len(canvas.label)
     bare = [LABELS[name] for name in ("sky", "person", "rider", "road", "sidewalk", "ignore")]
     caps = np.zeros(canvas.label.shape, bool)
@@ -165,6 +165,6 @@ def _flakes(shape: tuple[int, int], rng: np.random.Generator) -> Array:
 
 
 def _soft_noise(rng: np.random.Generator, shape: tuple[int, int], cells: tuple[int, int]) -> Array:
-    """Smooth noise of about unit strength, with so many cells down and across."""
+    """Smooth noise of about unit variance, with ``cells`` (rows, columns)."""
     coarse = rng.normal(0, 1, cells).astype(np.float32)
     return np.asarray(cv2.resize(coarse, shape[::-1], interpolation=cv2.INTER_CUBIC))

@@ -1,4 +1,4 @@
-"""What terms share, and what a term of your own may use: checks, grids, distances, relations, adapters."""
+"""Building blocks of the terms, public for terms defined elsewhere: checks, grids, distances and adapters."""
 
 from transkd.losses.shared.adapters import adapt, stage_adapters
 from transkd.losses.shared.checks import (
@@ -7,6 +7,7 @@ from transkd.losses.shared.checks import (
     check_needs,
     check_positive,
     check_share,
+    check_stage,
     check_stages,
     name_of,
     paired_channels,
@@ -31,6 +32,7 @@ __all__ = [
     "check_needs",
     "check_positive",
     "check_share",
+    "check_stage",
     "check_stages",
     "feature_pairs",
     "hierarchical_context",

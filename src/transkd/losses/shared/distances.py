@@ -1,6 +1,6 @@
-"""Distances between two tensors of equal shape: the math that the terms share.
+"""Distances between two tensors of equal shape.
 
-Half-precision inputs are compared in float32; float64 stays float64. The teacher's tensor is a constant.
+Inputs in half precision are converted to float32; float64 stays float64. The teacher's tensor is detached.
 """
 
 import math
@@ -13,13 +13,21 @@ from torch import Tensor
 
 from transkd.errors import UserError
 
-__all__ = ["channel_kl", "hierarchical_context", "map_criterion", "mean_squared_error", "spatial_kl", "widen"]
+__all__ = [
+    "channel_kl",
+    "hierarchical_context",
+    "map_criterion",
+    "mean_squared_error",
+    "position_mean",
+    "spatial_kl",
+    "widen",
+]
 
 POOLED_LEVELS = (4, 2, 1)
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """Give half and bfloat16 tensors as float32, others as they are."""
+    """Convert float16 and bfloat16 tensors to float32; return others unchanged."""
     return tensor.float() if tensor.itemsize < 4 else tensor
 
 
@@ -28,7 +36,7 @@ def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: any shape, floating.
-        teacher: the same shape; a constant.
+        teacher: the same shape; detached.
 
     Raises:
         UserError: the shapes differ.
@@ -42,17 +50,17 @@ def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compare maps at full size and average-pooled to 4×4, 2×2 and 1×1.
+    """Mean squared error between maps at full size and average-pooled to 4×4, 2×2 and 1×1, weighted by level.
 
-    ``Σ_j 2^-j E_j / Σ_j 2^-j``, with E_0 the mean squared error at full size and E_1, E_2, … those of the
-    pooled levels from fine to coarse. A level that is not smaller than the map's shorter side is left out,
-    and the weights of the others start again from 1/2.
+    ``Σ_j 2^-j E_j / Σ_j 2^-j``, with E_0 the mean squared error at full size and E_1, E_2, … those of the pooled levels
+    from fine to coarse. A pooled level that is not smaller than the map's shorter side is skipped; the remaining levels
+    are numbered consecutively.
 
     Source: ReviewKD, arXiv 2104.09044, section 3.3.
 
     Args:
         student: [B, C, H, W], floating.
-        teacher: [B, C, H, W]; a constant.
+        teacher: [B, C, H, W]; detached.
 
     Returns:
         A scalar, float32 or float64.
@@ -66,17 +74,15 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
         tensor(9.)
     """
     student, teacher = _comparable(student, teacher)
-    # Pooling is linear, so pooling the difference once is enough. Channels come last, and sums are divided where
-    # they are small, so that gradients are laid out as the networks' maps are: adding up others is slow.
-    difference = (student - teacher).permute(0, 2, 3, 1)
-    maps = [difference, *_pooled(difference)]
-    weights = [0.5**level for level in range(len(maps))]
-    errors = [weight * each.square().sum() / each.numel() for weight, each in zip(weights, maps, strict=True)]
-    return torch.stack(errors).sum() / sum(weights)
+    difference = student - teacher  # average pooling is linear: pool the difference, not both maps
+    errors = [_mean_square(level) for level in (difference, *_pooled(difference))]
+    weights = [0.5**j for j in range(len(errors))]
+    weighted = [weight * error for weight, error in zip(weights, errors, strict=True)]
+    return torch.stack(weighted).sum() / sum(weights)
 
 
 def channel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Compare where each channel looks: KL between soft-maxes over the positions.
+    """KL divergence between the softmax over the positions of each channel.
 
     ``τ² / (B·C) · Σ_b Σ_c KL(softmax_HW(teacher / τ) ‖ softmax_HW(student / τ))``.
 
@@ -84,7 +90,7 @@ def channel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
 
     Args:
         student: [B, C, H, W], floating.
-        teacher: [B, C, H, W]; a constant.
+        teacher: [B, C, H, W]; detached.
         temperature: τ > 0; a larger one flattens the distributions.
 
     Returns:
@@ -104,7 +110,7 @@ def channel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
 
 
 def spatial_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Compare which channels win at each position: KL between soft-maxes over the channels.
+    """KL divergence between the softmax over the channels at each position.
 
     ``τ² / (B·H·W) · Σ_b Σ_hw KL(softmax_C(teacher / τ) ‖ softmax_C(student / τ))``.
 
@@ -112,7 +118,7 @@ def spatial_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
 
     Args:
         student: [B, C, H, W], floating.
-        teacher: [B, C, H, W]; a constant.
+        teacher: [B, C, H, W]; detached.
         temperature: τ > 0; a larger one flattens the distributions.
 
     Returns:
@@ -132,14 +138,14 @@ def spatial_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
 
 
 def map_criterion(name: str, temperature: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """Find a distance between maps by its name.
+    """Return a distance between maps by its name.
 
     Args:
         name: "hierarchical_context", "channel_kl" or "spatial_kl".
-        temperature: τ of the two KLs; hierarchical context has none.
+        temperature: τ of the two KL divergences; hierarchical context does not use it.
 
     Raises:
-        UserError: there is no such distance, or the temperature is not positive.
+        UserError: the name is unknown, or the temperature is not positive.
 
     Example:
         >>> map_criterion("hierarchical_context").__name__
@@ -157,7 +163,7 @@ def map_criterion(name: str, temperature: float = 1.0) -> Callable[[Tensor, Tens
 
 
 def _comparable(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    if student.shape != teacher.shape:  # torch would broadcast some of these and say nothing
+    if student.shape != teacher.shape:  # PyTorch would broadcast some of these silently
         raise UserError(
             f"Only tensors of equal shape can be compared; the student's is {tuple(student.shape)}, "
             f"the teacher's {tuple(teacher.shape)}. Give both networks the same images."
@@ -166,18 +172,40 @@ def _comparable(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pooled(maps: Tensor) -> Iterator[Tensor]:
-    """Averages of [B, H, W, C] over 4×4, 2×2 and 1×1 windows, as far as they are fewer than the shorter side."""
-    sides = maps.shape[1:3]
-    even = not any(side % POOLED_LEVELS[0] for side in sides)
-    for level in POOLED_LEVELS:
-        if level < min(sides):
-            if even:  # windows that do not overlap: a coarser level is the average of the finer one
-                batch, height, width, channels = maps.shape
-                windows = maps.reshape(batch, level, height // level, level, width // level, channels)
-                maps = windows.sum(4).sum(2) / (height // level * (width // level))
-                yield maps
-            else:
-                yield F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), level)
+    """Average-pool [B, C, H, W] to each of the POOLED_LEVELS that is smaller than the shorter side."""
+    height, width = maps.shape[2:]
+    divisible = height % POOLED_LEVELS[0] == 0 and width % POOLED_LEVELS[0] == 0
+    for size in POOLED_LEVELS:
+        if size >= min(height, width):
+            continue
+        if divisible:  # equal windows: the mean of the previous level's windows is the mean of the whole map's
+            maps = _pool_equal_windows(maps, size)
+            yield maps
+        else:
+            yield position_mean(maps) if size == 1 else F.adaptive_avg_pool2d(maps, size)
+
+
+# The functions below compute what the PyTorch expressions in their docstrings do, but their gradients have the memory
+# format of the maps (channels-last in the networks). Adding gradients of different formats takes several times as long.
+
+
+def position_mean(maps: Tensor) -> Tensor:
+    """``maps.mean((2, 3), keepdim=True)`` of [B, C, H, W]."""
+    dtype = torch.promote_types(maps.dtype, torch.float32)  # sum in float32: float16 overflows
+    return (maps.sum((2, 3), keepdim=True, dtype=dtype) / maps[0, 0].numel()).to(maps.dtype)
+
+
+def _mean_square(maps: Tensor) -> Tensor:
+    """``maps.square().mean()`` of [B, C, H, W]."""
+    return maps.permute(0, 2, 3, 1).square().sum() / maps.numel()
+
+
+def _pool_equal_windows(maps: Tensor, size: int) -> Tensor:
+    """``F.adaptive_avg_pool2d(maps, size)`` of [B, C, H, W] with H and W divisible by `size`."""
+    batch, channels, height, width = maps.shape
+    rows, columns = height // size, width // size
+    windows = maps.permute(0, 2, 3, 1).reshape(batch, size, rows, size, columns, channels)
+    return (windows.sum(4).sum(2) / (rows * columns)).permute(0, 3, 1, 2)
 
 
 def _kl_sum(student: Tensor, teacher: Tensor, dim: int, temperature: float) -> Tensor:

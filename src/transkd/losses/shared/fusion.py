@@ -1,4 +1,4 @@
-"""What the terms that fuse features from deep to shallow share: CSF and ReviewKD."""
+"""Modules shared by the terms that fuse features from deep to shallow: CSF and ReviewKD."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +10,7 @@ __all__ = ["ConvNorm", "check_normalisable", "fuse_from_deepest"]
 
 
 class ConvNorm(nn.Module):
-    """Convolution that keeps the size, then batch normalisation."""
+    """Convolution with padding that keeps height and width, then batch normalisation."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -18,13 +18,13 @@ class ConvNorm(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Maps [B, C, H, W] to maps [B, C', H, W]."""
+        """Convolve and normalise maps [B, C, H, W] to [B, C', H, W]."""
         normalised: Tensor = self.norm(self.conv(maps))
         return normalised
 
 
 def check_normalisable(term: str, stage: nn.Module, feature: Tensor) -> None:
-    """Refuse, in training, a map [B, C, H, W] with a single value per channel."""
+    """Raise a `UserError` in training mode for a map [B, C, H, W] with a single value per channel."""
     if stage.training and feature[:, 0].numel() == 1:
         raise UserError(
             f"{term} cannot normalise a batch of one whose map is 1 x 1: it has one value per channel. "
@@ -36,11 +36,11 @@ def fuse_from_deepest(stages: Iterable[nn.Module], features: Sequence[Tensor]) -
     """Call ``residual, compared = stage(feature, residual)`` from the deepest stage to the shallowest.
 
     Args:
-        stages: shallowest first; the deepest gets None for a residual.
+        stages: shallowest first; the deepest stage receives None as its residual.
         features: one map per stage, shallowest first.
 
     Returns:
-        What is compared, shallowest first.
+        The maps to compare, shallowest first.
     """
     fused: list[Tensor] = []
     residual: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What the terms share: one grid for two maps, labels on it, the stages that a term compares."""
+"""Resize the maps and labels that a term compares to one grid, and select the stages that it compares."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,12 @@ from transkd.outputs import IGNORE, SegmentationOutput
 
 __all__ = [
     "GRIDS",
+    "class_members",
+    "connected_zero",
     "feature_pairs",
     "labels_on_grid",
     "logits_pair",
     "nearest",
-    "nothing",
     "on_grid",
 ]
 
@@ -27,18 +28,18 @@ GRIDS = ("teacher", "student", "labels")
 def on_grid(
     term: object, student: Tensor, teacher: Tensor, grid: str = "teacher", target: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Bring two maps to one grid, at least in float32, the teacher's detached.
+    """Resize two maps to one grid, in float32 or float64, and detach the teacher's.
 
     Args:
-        term: the one that asks; its name goes into messages.
+        term: the calling term; its class name appears in error messages.
         student: [B, C, h, w].
         teacher: [B, C', h', w'].
-        grid: "teacher" (the teacher's size), "student" or "labels"; whatever has another size is resized bilinearly,
+        grid: "teacher" (the teacher's size), "student" or "labels"; maps of another size are resized bilinearly,
             align_corners=False.
-        target: [B, H, W]; needed for "labels".
+        target: [B, H, W]; required for "labels".
 
     Raises:
-        UserError: unlike batches, or labels that are the grid and not given.
+        UserError: the batch sizes differ, or grid is "labels" and target is None.
 
     Example:
         >>> pair = on_grid(None, torch.zeros(1, 2, 4, 6), torch.zeros(1, 3, 8, 12))
@@ -62,10 +63,10 @@ def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def labels_on_grid(target: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Labels [B, H, W] at another size by nearest neighbour, and which of them are valid.
+    """Resize labels [B, H, W] by nearest neighbour and mark the valid ones.
 
     Returns:
-        labels int64 [B, h, w], 0 where invalid, so that they can index; valid bool [B, h, w].
+        labels int64 [B, h, w], 0 where invalid so that they can be used as indices; valid bool [B, h, w].
 
     Example:
         >>> labels, valid = labels_on_grid(torch.tensor([[[1, 255], [2, 3]]]), (1, 2))
@@ -77,8 +78,20 @@ def labels_on_grid(target: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]
     return labels.masked_fill(~valid, 0), valid
 
 
+def class_members(labels: Tensor, valid: Tensor, num_classes: int) -> Tensor:
+    """Mask of the positions of each class, bool [B, K, h·w], from labels and valid [B, h, w].
+
+    Example:
+        >>> labels, valid = torch.tensor([[[1, 0]]]), torch.tensor([[[True, False]]])
+        >>> class_members(labels, valid, 2).tolist()
+        [[[False, False], [True, False]]]
+    """
+    classes = torch.arange(num_classes, device=labels.device)[:, None]
+    return (labels.flatten(1)[:, None] == classes) & valid.flatten(1)[:, None]
+
+
 def nearest(target: Tensor, size: Sequence[int]) -> Tensor:
-    """Labels [B, H, W] as they are, at another size: source index ⌊q·H/h⌋."""
+    """Resize labels [B, H, W] by nearest neighbour, source index ⌊q·H/h⌋, with ignored labels unchanged."""
     height, width = size
     rows = torch.arange(height, device=target.device) * target.shape[-2] // height
     columns = torch.arange(width, device=target.device) * target.shape[-1] // width
@@ -92,57 +105,55 @@ def logits_pair(
     grid: str = "teacher",
     target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both networks' logits [B, K, h, w] on one grid.
+    """Return both networks' logits [B, K, h, w] on one grid.
 
     Raises:
-        UserError: a network shows no logits, or they have different numbers of classes, or just one.
+        UserError: a network returns no logits, the numbers of classes differ, or there is a single class.
     """
-    shown = check_needs(term, frozenset({"logits"}), student, teacher)
-    assert shown is not None
+    teacher = check_needs(term, frozenset({"logits"}), student, teacher)
+    assert teacher is not None
     assert student.logits is not None
-    assert shown.logits is not None
-    classes = student.logits.shape[1], shown.logits.shape[1]
+    assert teacher.logits is not None
+    classes = student.logits.shape[1], teacher.logits.shape[1]
     if classes[0] != classes[1]:
         raise UserError(
             f"{name_of(term)} compares class by class; the student has {classes[0]} classes, the teacher {classes[1]}. "
             "Choose a teacher that was trained on the same classes."
         )
     if classes[0] < 2:
-        raise UserError(
-            f"{name_of(term)} compares distributions over classes; with a single class there is nothing to."
-        )
-    return on_grid(term, student.logits, shown.logits, grid, target)
+        raise UserError(f"{name_of(term)} compares distributions over classes; the networks have a single class.")
+    return on_grid(term, student.logits, teacher.logits, grid, target)
 
 
 def feature_pairs(
     term: object, stages: Sequence[int], student: SegmentationOutput, teacher: SegmentationOutput | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """The features of the chosen stages (1 is the shallowest), each at its own size, the teacher's detached.
+    """Return the features of the selected stages (1 is the shallowest), not resized, the teacher's detached.
 
     Raises:
-        UserError: a network shows no features or not so many stages.
+        UserError: a network returns no features or fewer stages.
     """
-    shown = check_needs(term, frozenset({"features"}), student, teacher)
-    assert shown is not None
+    teacher = check_needs(term, frozenset({"features"}), student, teacher)
+    assert teacher is not None
     pairs = []
     for stage in stages:
-        for who, output in (("student", student), ("teacher", shown)):
+        for role, output in (("student", student), ("teacher", teacher)):
             if stage > len(output.features):
                 raise UserError(
-                    f"{name_of(term)} reads stage {stage}, but the {who} shows {len(output.features)} stages of "
+                    f"{name_of(term)} reads stage {stage}, but the {role} returns {len(output.features)} stages of "
                     f"features; choose among 1 to {len(output.features)}: stages=[…]."
                 )
-        pairs.append((student.features[stage - 1], shown.features[stage - 1].detach()))
+        pairs.append((student.features[stage - 1], teacher.features[stage - 1].detach()))
     return pairs
 
 
-def nothing(*tensors: Tensor) -> Tensor:
-    """A differentiable 0, connected to what it would have been computed from.
+def connected_zero(*tensors: Tensor) -> Tensor:
+    """Return a 0 that is connected to the tensors in the autograd graph; its gradients are 0.
 
     Example:
-        >>> nothing(torch.tensor([float("inf")]))
+        >>> connected_zero(torch.tensor([float("inf")]))
         tensor(0.)
     """
-    # 0 times the values would keep an infinity as NaN
+    # masked, not multiplied by 0: 0 · ∞ is NaN
     zeros = [widen(tensor).masked_fill(torch.ones_like(tensor, dtype=torch.bool), 0).sum() for tensor in tensors]
     return torch.stack(zeros).sum()

@@ -1,4 +1,4 @@
-"""What the terms that compare positions share: full precision, and large sums in pieces."""
+"""Memory-bounded sums over positions, and matrix products in full precision under autocast."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,16 +9,16 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ["BUDGET", "full_precision", "positions_of", "sum_over_rows"]
 
 BUDGET = 2**23
-"""How many numbers one matrix of relations may hold at a time: 32 MiB in float32."""
+"""Largest number of elements of a matrix of relations in memory at a time: 32 MiB in float32."""
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """A context without autocast, which would multiply matrices in half precision."""
+    """Context that disables autocast, so that matrix products are not computed in half precision."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def positions_of(maps: Tensor) -> Tensor:
-    """Maps [B, C, h, w] as one row per position, row by row of the image: [B, h·w, C].
+    """Reshape maps [B, C, h, w] to one row per position in raster order, [B, h·w, C].
 
     Example:
         >>> positions_of(torch.tensor([[1, 2], [3, 4]]).view(1, 2, 1, 2)).tolist()
@@ -30,15 +30,15 @@ def positions_of(maps: Tensor) -> Tensor:
 def sum_over_rows(
     function: Callable[..., Tensor], rows: Sequence[Tensor], columns: int, *, budget: int = BUDGET
 ) -> Tensor:
-    """``function(*rows)``, a sum over rows, piece by piece where the matrix that it builds would be large.
+    """Compute ``function(*rows)``, a sum over rows, in chunks of rows that bound the memory.
 
-    With more than one piece nothing inside of a piece is kept for the backward pass; it is computed again there.
+    With more than one chunk, activations are checkpointed: each chunk is recomputed in the backward pass.
 
     Args:
-        function: gives a scalar that is a sum over the rows of its arguments.
-        rows: tensors with equally many rows.
-        columns: how many numbers the function makes out of each row.
-        budget: how many numbers may exist at a time.
+        function: returns a scalar that is a sum over the rows of its arguments.
+        rows: tensors with the same number of rows.
+        columns: number of elements that the function computes from each row.
+        budget: largest number of computed elements in memory at a time.
 
     Example:
         >>> x = torch.arange(6.0)

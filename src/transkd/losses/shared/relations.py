@@ -1,4 +1,4 @@
-"""Relations between positions: all pairs compared, without a matrix of all pairs where there are many."""
+"""Errors between the Gram matrices of two sets of positions, computed without the full matrices if they are large."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,14 @@ __all__ = ["check_rows", "direct_error", "factored_error", "relation_error", "un
 
 FLOOR = 1e-12
 FEW = 8
-"""Up to so many rows a channel all products are computed: many GPUs are slow in float64, which the factors need."""
+"""Rows per channel up to which all products are computed; above it the factored form is used.
+
+The factored form needs float64, and many GPUs compute in float64 slowly.
+"""
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows [..., C] of length 1; one that is shorter than 1e-12 becomes zeros and takes no gradient.
+    """Divide rows [..., C] by their norm; a row with a norm of at most 1e-12 becomes zeros and gets no gradient.
 
     Example:
         >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
@@ -26,20 +29,20 @@ def unit(rows: Tensor) -> Tensor:
 
 
 def relation_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of ``(S·Sᵀ − T·Tᵀ)²`` over all pairs of rows of a group, and over the groups.
+    """Mean of ``(S·Sᵀ − T·Tᵀ)²`` over all pairs of rows within a group, and over the groups.
 
-    Exact, and never with all R² numbers of a large group: they are computed piece by piece or, where there are many
-    more rows than channels, left out by ``‖S·Sᵀ − T·Tᵀ‖² = ‖Sᵀ·S‖² + ‖Tᵀ·T‖² − 2‖Sᵀ·T‖²``.
+    Exact, without all R² elements of a large group in memory: they are computed in chunks of rows or, with many more
+    rows than channels, avoided by ``‖S·Sᵀ − T·Tᵀ‖² = ‖Sᵀ·S‖² + ‖Tᵀ·T‖² − 2‖Sᵀ·T‖²``.
 
     Args:
         student: G groups of R rows [G, R, C], float32 or float64.
-        teacher: [G, R, C'], of other channels or the same.
+        teacher: [G, R, C']; C' may differ from C.
 
     Returns:
-        A scalar of the student's type.
+        A scalar of the student's dtype.
 
     Raises:
-        UserError: the groups or rows differ in number.
+        UserError: the numbers of groups or rows differ.
 
     Example:
         >>> relation_error(torch.ones(1, 2, 1), torch.zeros(1, 2, 3))
@@ -52,7 +55,7 @@ def relation_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def check_rows(student: Tensor, teacher: Tensor) -> None:
-    """Refuse rows [G, R, C] and [G', R', C'] that cannot be paired."""
+    """Raise a `UserError` for rows [G, R, C] and [G', R', C'] that cannot be paired."""
     if student.shape[:2] != teacher.shape[:2]:
         raise UserError(
             "Relations can be compared only between the same positions of the same images; the student has [images, "
@@ -61,22 +64,22 @@ def check_rows(student: Tensor, teacher: Tensor) -> None:
 
 
 def direct_error(student: Tensor, teacher: Tensor, budget: int = BUDGET) -> Tensor:
-    """`relation_error` as it is written, with no more than `budget` of the products at a time."""
+    """Compute `relation_error` from the products of rows, at most `budget` of them at a time."""
     groups, rows, _ = student.shape
 
-    def error(own: Tensor, other: Tensor) -> Tensor:
-        products = own.transpose(0, 1) @ student.mT - other.transpose(0, 1) @ teacher.mT
-        return products.square().sum()
+    def error(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
+        difference = student_rows.transpose(0, 1) @ student.mT - teacher_rows.transpose(0, 1) @ teacher.mT
+        return difference.square().sum()
 
-    pieces = student.transpose(0, 1), teacher.transpose(0, 1)
-    return sum_over_rows(error, pieces, groups * rows, budget=budget) / (groups * rows**2)
+    by_row = student.transpose(0, 1), teacher.transpose(0, 1)
+    return sum_over_rows(error, by_row, groups * rows, budget=budget) / (groups * rows**2)
 
 
 def factored_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """`relation_error` from products of channels, in float64 since it subtracts large numbers; MPS has float32."""
+    """Compute `relation_error` from products of channels, in float64 because large numbers are subtracted."""
     groups, rows, _ = student.shape
-    exact = torch.float32 if student.device.type == "mps" else torch.float64
-    own, other = student.to(exact), teacher.to(exact)
-    pairs = ((own, own, 1), (other, other, 1), (own, other, -2))
-    total = torch.stack([sign * (a.mT @ b).square().sum() for a, b, sign in pairs]).sum()
+    dtype = torch.float32 if student.device.type == "mps" else torch.float64  # MPS has no float64
+    s, t = student.to(dtype), teacher.to(dtype)
+    summands = ((s, s, 1), (t, t, 1), (s, t, -2))
+    total = torch.stack([factor * (a.mT @ b).square().sum() for a, b, factor in summands]).sum()
     return (total / (groups * rows**2)).to(student.dtype)

@@ -1,4 +1,4 @@
-"""Encoders: image in, stage features and patch embeddings out."""
+"""Encoders: from an image to stage features and patch embeddings."""
 
 from transkd.models.encoders.lvt import LiteVisionTransformer
 from transkd.models.encoders.mit import MixTransformer

@@ -1,4 +1,4 @@
-"""Lite Vision Transformer (LVT), an encoder of the size of MiT-B0."""
+"""Lite Vision Transformer (LVT), an encoder about as large as MiT-B0."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -18,7 +18,7 @@ from transkd.models.encoders.mit import to_tokens
 
 __all__ = ["LiteVisionTransformer"]
 
-# Inside a stage a map is [B, H, W, C]: linear layers and LayerNorm read it as it is, convolutions a view of it.
+# Maps inside a stage are [B, H, W, C] for linear layers and LayerNorm; convolutions use a permuted view.
 
 
 def channels_first(x: Tensor) -> Tensor:
@@ -34,9 +34,9 @@ def channels_last(x: Tensor) -> Tensor:
 class ConvolutionalAttention(nn.Module):
     """Convolutional self-attention, CSA (Lite Vision Transformer, arXiv 2112.10809).
 
-    Looks at 3×3 windows, two pixels apart, of P = 9 positions. Each position has a C→C matrix of its own, as in a
-    convolution, and the nine results attend to each other. The attention is not between queries and keys: a linear
-    layer predicts its P·P logits per head from the mean of 2×2 pixels. Windows overlap; there their outputs add up.
+    3×3 windows (P = 9 positions) with stride 2. Each position has its own C→C matrix, as in a convolution, and the nine
+    results attend to each other. There are no queries and keys: a linear layer predicts the P·P attention logits per
+    head from the mean of 2×2 pixels. Outputs of overlapping windows are added.
     """
 
     KERNEL, STRIDE, PADDING = 3, 2, 1
@@ -54,7 +54,7 @@ class ConvolutionalAttention(nn.Module):
         """Map [B, H, W, C] to map [B, H, W, C]; L windows inside, D = C / heads."""
         image, positions = channels_first(x), self.KERNEL**2
 
-        pooled = channels_last(F.avg_pool2d(image, self.STRIDE, ceil_mode=True))  # ceil: a pixel for every window
+        pooled = channels_last(F.avg_pool2d(image, self.STRIDE, ceil_mode=True))  # ceil_mode: one pixel per window
         logits = self.logits(pooled).unflatten(3, (self.heads, positions, positions)).flatten(1, 2)
         attention = (logits * self.scale).softmax(dim=-1)  # [B, L, heads, P, P]
 
@@ -71,9 +71,9 @@ class ConvolutionalAttention(nn.Module):
 class AtrousAttention(nn.Module):
     """Recursive atrous self-attention, RASA (Lite Vision Transformer, arXiv 2112.10809).
 
-    Keys and values come from a map shrunk by ``reduction``, as in MiT. Queries see three scales: the same depth-wise
-    3×3 convolution runs over them at three dilations. The whole runs twice, the second time over its input plus the
-    result of the first.
+    Keys and values come from a map downsampled by ``reduction``, as in MiT. Queries have three scales: the same
+    depth-wise 3×3 convolution is applied to them at three dilations. Attention is applied twice, the second time to the
+    input plus the first result.
     """
 
     DILATIONS = (1, 3, 5)
@@ -91,11 +91,13 @@ class AtrousAttention(nn.Module):
             self.norm = nn.LayerNorm(channels, eps=1e-5)
 
     def attend(self, x: Tensor) -> Tensor:
-        """Attention applied once, map [B, H, W, C] to map [B, H, W, C]."""
+        """Apply attention once, map [B, H, W, C] to map [B, H, W, C]."""
         queries = channels_first(self.q(x))
         weight, groups = self.atrous.weight, self.atrous.groups
         scales = [F.silu(F.conv2d(queries, weight, padding=d, dilation=d, groups=groups)) for d in self.DILATIONS]
-        query = channels_last(reduce(torch.add, scales)).contiguous()  # fast attention wants channels side by side
+        query = channels_last(
+            reduce(torch.add, scales)
+        ).contiguous()  # contiguous channels for the fused attention kernels
 
         context = self.norm(channels_last(self.sr(channels_first(x)))) if self.reduction > 1 else x
         attended = attend(query.flatten(1, 2), self.kv(context.flatten(1, 2)), self.heads)
@@ -108,7 +110,7 @@ class AtrousAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, those of stage 1."""
+    """Two linear layers, used in stage 1."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -121,7 +123,7 @@ class MLP(nn.Module):
 
 
 class ConvMLP(nn.Module):
-    """Two 1×1 convolutions with a depth-wise 3×3 one between them, those of stages 2 to 4."""
+    """Two 1×1 convolutions with a depth-wise 3×3 convolution between them, used in stages 2 to 4."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -152,19 +154,19 @@ class Block(nn.Module):
 
 
 class LiteVisionTransformer(nn.Module):
-    """Lite Vision Transformer encoder (LVT, Yang et al., arXiv 2112.10809), of the published sizes by default.
+    """Lite Vision Transformer encoder (LVT, Yang et al., arXiv 2112.10809), by default of the published size.
 
-    Four stages at strides 4, 8, 16 and 32. Stage 1 attends by convolutional self-attention, the others by recursive
-    atrous self-attention. Unlike in MiT no LayerNorm follows a stage, and the patch embeddings handed out are those
+    Four stages at strides 4, 8, 16 and 32. Stage 1 uses convolutional self-attention, the others recursive atrous
+    self-attention. Unlike in MiT, there is no LayerNorm after a stage, and the returned patch embeddings are those
     before their LayerNorm.
 
     Args:
-        channels: width of each stage.
+        channels: channels of each stage.
         depths: number of blocks of each stage.
         heads: attention heads of each stage.
-        mlp_ratios: hidden width of each stage's MLP over the stage's width.
-        reductions: key/value reduction of each stage; stage 1 has no keys and ignores its own.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+        mlp_ratios: hidden channels of each stage's MLP divided by the stage's channels.
+        reductions: key/value reduction of each stage; not used in stage 1, which has no keys.
+        drop_path_rate: stochastic depth of the last block; increases linearly from 0 over the blocks.
         in_chans: channels of the image.
 
     Shapes:
@@ -207,7 +209,7 @@ class LiteVisionTransformer(nn.Module):
         self.apply(init_vision_weights)
 
     def forward_stages(self, image: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Features and patch embeddings of the four stages."""
+        """Return features and patch embeddings of the four stages."""
         if min(image.shape[-2:]) < 32:
             raise UserError(
                 f"LVT needs an image of at least 32×32 pixels, got {image.shape[-2]}×{image.shape[-1]}: "
@@ -228,5 +230,5 @@ class LiteVisionTransformer(nn.Module):
         return tuple(features), tuple(embeddings)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations inside the blocks; the backward pass computes each block again."""
+        """Enable activation checkpointing: the backward pass recomputes each block."""
         self.grad_checkpointing = enable

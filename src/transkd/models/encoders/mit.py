@@ -21,7 +21,7 @@ __all__ = ["MixTransformer"]
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """View tokens [B, N, C] as a map [B, C, H, W]; no copy, the map is channels-last in memory."""
-    # in this order the strides of a single image are channels-last too, which convolutions then see
+    # reshape before permute: a batch of one then also has channels-last strides, which convolutions check
     return tokens.reshape(tokens.shape[0], *grid, -1).permute(0, 3, 1, 2)
 
 
@@ -31,7 +31,7 @@ def to_tokens(feature_map: Tensor) -> Tensor:
 
 
 class EfficientAttention(nn.Module):
-    """Multi-head self-attention, keys and values from a map shrunk by ``reduction`` (arXiv 2105.15203, 3.1)."""
+    """Multi-head self-attention with keys and values downsampled by ``reduction`` (arXiv 2105.15203, section 3.1)."""
 
     def __init__(self, channels: int, heads: int, reduction: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class EfficientAttention(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """3×3 depth-wise convolution of a token map; a module of its own to keep the published parameter names."""
+    """3×3 depth-wise convolution of tokens; a separate module for the published parameter names."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class DepthwiseConv(nn.Module):
 
 
 class MixFFN(nn.Module):
-    """Two linear layers with a depth-wise convolution between them, which stands in for a position encoding."""
+    """Two linear layers with a depth-wise convolution between them, which replaces a position encoding."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -102,14 +102,14 @@ class MixTransformer(nn.Module):
     (``patch_embed1…4``, ``block1…4``, ``norm1…4``).
 
     Args:
-        channels: width of each stage.
+        channels: channels of each stage.
         depths: number of blocks of each stage.
         heads: attention heads of each stage.
         reductions: key/value reduction of each stage.
-        mlp_ratio: hidden width of the Mix-FFN over the stage's width.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+        mlp_ratio: hidden channels of the Mix-FFN divided by the stage's channels.
+        drop_path_rate: stochastic depth of the last block; increases linearly from 0 over the blocks.
         in_chans: channels of the image.
-        num_classes: outputs of the ImageNet classifier; 0 builds none.
+        num_classes: outputs of the ImageNet classifier; 0 for none.
 
     Shapes:
         image [B, in_chans, H, W], H and W at least 32 -> four features [B, C_i, H_i, W_i] and four patch
@@ -155,7 +155,7 @@ class MixTransformer(nn.Module):
     def forward_stages(
         self, image: Tensor, num_stages: int | None = None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Features and patch embeddings of the first ``num_stages`` stages (all by default)."""
+        """Return features and patch embeddings of the first ``num_stages`` stages, by default of all."""
         if min(image.shape[-2:]) < 32:
             raise UserError(
                 f"MiT needs an image of at least 32×32 pixels, got {image.shape[-2]}×{image.shape[-1]}: "
@@ -173,10 +173,10 @@ class MixTransformer(nn.Module):
             features.append(feature)
         return tuple(features), tuple(embeddings)
 
-    # What follows is timm's interface of an image classifier with feature extraction.
+    # The methods below implement timm's interface of an image classifier with feature extraction.
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations inside the blocks; the backward pass computes each block again."""
+        """Enable activation checkpointing: the backward pass recomputes each block."""
         self.grad_checkpointing = enable
 
     def forward_intermediates(
@@ -188,29 +188,29 @@ class MixTransformer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Timm's feature extraction: the stages' maps in NCHW."""
+        """Return the stages' maps in NCHW, as timm's feature extraction."""
         if output_fmt != "NCHW":
-            raise UserError(f"MiT gives NCHW maps, got output_fmt={output_fmt!r}")
-        wanted, deepest = feature_take_indices(len(self.channels), indices)
+            raise UserError(f"MiT returns NCHW maps, got output_fmt={output_fmt!r}")
+        selected, deepest = feature_take_indices(len(self.channels), indices)
         features, _ = self.forward_stages(x, deepest + 1 if stop_early else None)
-        chosen = [features[i] for i in wanted]
+        chosen = [features[i] for i in selected]
         return chosen if intermediates_only else (features[-1], chosen)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages that lie deeper than the deepest one wanted."""
-        wanted, deepest = feature_take_indices(len(self.channels), indices)
+        """Remove the stages deeper than the deepest requested one."""
+        selected, deepest = feature_take_indices(len(self.channels), indices)
         for i in range(deepest + 2, len(self.channels) + 1):
             for name in (f"patch_embed{i}", f"block{i}", f"norm{i}"):
                 delattr(self, name)
         self.channels = self.channels[: deepest + 1]
         if prune_head:
             self.reset_classifier(0)
-        return list(wanted)
+        return list(selected)
 
     def get_classifier(self) -> nn.Module:
-        """The ImageNet classifier, an ``nn.Identity`` where there is none."""
+        """Return the ImageNet classifier, or ``nn.Identity``."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -220,16 +220,16 @@ class MixTransformer(nn.Module):
         self.head.apply(init_vision_weights)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The deepest map [B, C_4, H/32, W/32]."""
+        """Return the deepest map [B, C_4, H/32, W/32]."""
         return self.forward_stages(x)[0][-1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over positions, then the classifier."""
+        """Average over positions and apply the classifier."""
         pooled = x.mean(dim=(2, 3))
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
-        """ImageNet scores [B, num_classes]."""
+        """Return ImageNet logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
 
 

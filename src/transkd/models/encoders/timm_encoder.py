@@ -1,4 +1,4 @@
-"""Any timm network with four stages as an encoder."""
+"""Encoder from any timm network with four stages."""
 
 import re
 from typing import Any
@@ -16,26 +16,27 @@ STAGES = 4
 
 
 class TimmEncoder(nn.Module):
-    """Four stages of a timm network, through timm's ``features_only``, with its patch embeddings where it has them.
+    """Four stages of a timm network (``features_only=True``), with its patch embeddings if it has any.
 
-    Patch embeddings are what the layers that turn a map into tokens give, before the first block of a stage: one
+    Patch embeddings are the outputs of the layers that convert a map to tokens before the first block of a stage: a
     ``patch_embed`` for the image and a ``downsample`` before each later stage (PVTv2, Swin, TinyViT), or a list
-    ``patch_embeds`` (Twins). A network without them (ResNet, ConvNeXt, EfficientViT) shows none.
+    ``patch_embeds`` (Twins). Other networks (ResNet, ConvNeXt, EfficientViT) have none.
 
     Args:
-        name: a network that ``timm.list_models`` lists.
-        args: handed to ``timm.create_model`` (``output_stride``, ``drop_path_rate``, ``img_size``, …).
+        name: a name in ``timm.list_models()``.
+        args: arguments of ``timm.create_model`` (``output_stride``, ``drop_path_rate``, ``img_size``, …).
 
     Attributes:
-        architecture: the name.
-        channels: width of each stage.
-        strides: pixels of the image to one of the stage, per stage.
+        architecture: the timm name.
+        channels: channels of each stage.
+        strides: stride of each stage in image pixels.
 
     Shapes:
         image [B, 3, H, W] -> four features [B, C_i, H_i, W_i] and four patch embeddings [B, H_i·W_i, C_i], or none.
 
     Raises:
-        UserError: timm has no such network, it does not take an argument, or it has no four stages from stride 4 on.
+        UserError: timm has no such network, the network does not accept an argument, or does not have four stages from
+            stride 4.
 
     Example:
         >>> import torch
@@ -57,7 +58,7 @@ class TimmEncoder(nn.Module):
             tap.register_forward_hook(_Tap(self._recorder, i))
 
     def forward_stages(self, image: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Features and patch embeddings of the four stages."""
+        """Return features and patch embeddings of the four stages."""
         self._recorder.open = True
         try:
             features = self.body(image)
@@ -69,38 +70,38 @@ class TimmEncoder(nn.Module):
         return tuple(features), self._recorder.take(features)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep few activations; the backward pass computes them again. Timm's own, which not every network has."""
+        """Enable activation checkpointing, if timm implements it for the network."""
         self.body.set_grad_checkpointing(enable)
 
 
 class _Recorder:
-    """Holds what the taps saw in the forward that runs."""
+    """Outputs of the taps in the current forward."""
 
     def __init__(self, count: int) -> None:
-        self.open = False  # else a layer runs outside a forward: computed again in the backward pass
+        self.open = False  # False outside of a forward, when checkpointing recomputes a layer in the backward pass
         self.seen: list[Tensor | None] = [None] * count
 
     def take(self, features: list[Tensor]) -> tuple[Tensor, ...]:
-        """The patch embeddings as tokens [B, N, C]; nothing is kept."""
+        """Return the patch embeddings as tokens [B, N, C] and clear the record."""
         taken = [seen for seen in self.seen if seen is not None]
         self.clear()
-        if torch.compiler.is_exporting():  # an exported program gives logits alone, whatever the image's shape
+        if torch.compiler.is_exporting():  # exported programs return only logits; skip the shape checks below
             return ()
         if not taken or taken[0].ndim == 3:
             return tuple(taken)
-        # Which axis holds the channels is told by the grid, that of the stage's feature, and is the same for the whole
-        # network: at a single stage the two can look alike (PVTv2-B0 has 64 channels on 64×64 of 512×512 pixels).
+        # Find the channel axis by comparing all four stages with the features' grids: a single stage can be ambiguous
+        # (PVTv2-B0 has 64 channels on a 64×64 grid for 512×512 images).
         channels_first = all(seen.shape[2:] == feature.shape[2:] for seen, feature in zip(taken, features, strict=True))
         return tuple(seen.flatten(2).transpose(1, 2) if channels_first else seen.flatten(1, 2) for seen in taken)
 
     def clear(self) -> None:
-        """Let go of what was seen."""
+        """Clear the record."""
         self.seen = [None] * len(self.seen)
         self.open = False
 
 
 class _Tap:
-    """A forward hook that a copy of the network copies too."""
+    """Forward hook as an object, so that copies of the network have their own."""
 
     def __init__(self, recorder: _Recorder, stage: int) -> None:
         self.recorder, self.stage = recorder, stage
@@ -112,12 +113,12 @@ class _Tap:
 
 def _create(name: str, args: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
     if args.get("pretrained"):
-        raise UserError(f"pretrained=True: name the weights instead, weights=timm://{name}, which brings their licence")
+        raise UserError(f"pretrained=True: use weights=timm://{name} instead, which records their licence")
     swin = name.startswith(("swin_", "swinv2_"))
-    if swin:  # any size of image, not just that of the pretraining
+    if swin:  # accept images of any size, not only that of the pretraining
         args = {"strict_img_size": False, **args}
     try:
-        with torch.device("meta"):  # a look at the stages costs nothing, and draws no random number
+        with torch.device("meta"):  # meta: no memory, no random numbers
             probe: Any = timm.create_model(name, features_only=True, **args)
         found = probe.feature_info.reduction()
         strides = tuple(found[-STAGES:])
@@ -129,18 +130,18 @@ def _create(name: str, args: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
             )
         indices = tuple(range(len(found) - STAGES, len(found)))
         body: Any = timm.create_model(name, features_only=True, out_indices=indices, **args)
-        if swin:  # and any that the patches do not divide
+        if swin:  # accept sizes that are not multiples of the patch size
             body.patch_embed.dynamic_img_pad = True
     except UserError:
         raise
-    except Exception as error:  # timm hands on whatever the network raised, assertions among it
+    except Exception as error:  # networks raise many types of exceptions, also AssertionError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"timm cannot build {name} with {args} as four stages: {reason}") from error
     return body, strides
 
 
 def _patch_embeddings(body: nn.Module) -> list[nn.Module]:
-    """The four layers that make patch embeddings, shallowest first; empty where the network is not of that kind."""
+    """Return the four layers that compute patch embeddings, shallowest first; empty if there are none."""
     modules = {name.removeprefix("model."): module for name, module in body.named_modules()}
     listed = [modules[f"patch_embeds.{i}"] for i in range(STAGES) if f"patch_embeds.{i}" in modules]
     downsamples = [

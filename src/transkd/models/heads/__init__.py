@@ -1,4 +1,4 @@
-"""Decode heads: stage features in, logits out."""
+"""Decode heads: from stage features to logits."""
 
 from transkd.models.heads.deeplab import DeepLabV3PlusHead
 from transkd.models.heads.fpn import SemanticFPNHead

@@ -15,13 +15,13 @@ __all__ = ["DeepLabV3PlusHead"]
 class DeepLabV3PlusHead(nn.Module):
     """Atrous spatial pyramid pooling and a decoder on stage 1 (Chen et al., arXiv 1802.02611, sections 3.1 and 4.1).
 
-    The deepest stage goes through ASPP (torchvision's) to ``width`` channels and up to the size of stage 1; stage 1,
-    reduced to 48 channels by a 1×1 convolution, is concatenated; two 3×3 convolutions follow, then the classifier.
+    The deepest stage passes through ASPP (torchvision's) to ``width`` channels and is upsampled to stage 1; stage 1,
+    reduced to 48 channels by a 1×1 convolution, is concatenated; two 3×3 convolutions and the classifier follow.
     Every convolution but the classifier has BatchNorm and ReLU. The paper's output stride of 16 is the encoder's
     (``output_stride=16``).
 
     Args:
-        in_channels: width of each stage, shallowest first; the first and the last are read.
+        in_channels: channels of each stage, shallowest first; the first and the last are used.
         width: channels of ASPP and of the decoder.
         num_classes: number of outputs K.
         rates: dilations of ASPP; the paper's for output stride 16.
@@ -30,7 +30,7 @@ class DeepLabV3PlusHead(nn.Module):
         features, stage i [B, C_i, H_i, W_i] -> logits [B, K, H_1, W_1].
 
     Raises:
-        UserError: a batch of one in training, where ASPP's pooled branch has nothing to normalise over.
+        UserError: a batch of one in training mode: the batch normalisation of ASPP's pooled branch needs two images.
 
     Example:
         >>> head = DeepLabV3PlusHead((8, 16), width=32, num_classes=5)
@@ -48,11 +48,11 @@ class DeepLabV3PlusHead(nn.Module):
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits at the resolution of the first feature."""
+        """Compute logits at the resolution of the first feature."""
         shallow, deep = features[0], features[-1]
         if self.training and len(deep) == 1:
             raise UserError(
-                "DeepLabV3+ cannot train on a batch of one image (BatchNorm of its pooled branch); take two"
+                "DeepLabV3+ cannot train on a batch of one image (BatchNorm of its pooled branch); use two or more"
             )
         context = upsampled(self.aspp(deep), shallow.shape[-2:])
         logits: Tensor = self.classifier(self.decode(torch.cat([self.reduce(shallow), context], dim=1)))

@@ -1,4 +1,4 @@
-"""Semantic FPN: a feature pyramid with a light semantic branch."""
+"""Decode head of Semantic FPN."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,14 +14,15 @@ __all__ = ["SemanticFPNHead"]
 class SemanticFPNHead(nn.Module):
     """Decode head of Panoptic FPN's semantic branch (Kirillov et al., arXiv 1901.02446, section 3 and figure 3).
 
-    A feature pyramid brings every stage to ``width`` channels, top down. Each level then goes through 3×3
-    convolutions to ``width // 2`` channels (GroupNorm, ReLU), each followed by a bilinear upsampling by two, until
-    it has the size of stage 1: none of them for stage 1 but one convolution, one for stage 2, two for stage 3, three
-    for stage 4. Their sum goes through a 1×1 convolution to the classes.
+    A feature pyramid maps every stage to ``width`` channels, top down. Each level then passes through 3×3 convolutions
+    to ``width // 2`` channels (GroupNorm, ReLU), each followed by bilinear upsampling by two up to the size of stage 1:
+    one convolution without upsampling for stage 1, one with upsampling for stage 2, two for stage 3, three for stage 4.
+    A 1×1 convolution maps the sum of the levels to the classes.
 
     Args:
-        in_channels: width of each stage, shallowest first.
-        width: channels of the pyramid; half of it must be a multiple of 32 or of its own divisor (GroupNorm).
+        in_channels: channels of each stage, shallowest first.
+        width: channels of the pyramid; even. GroupNorm uses the largest of 32, 16, 8, 4, 2, 1 groups that divides half
+            of it.
         num_classes: number of outputs K.
         dropout: channel dropout before the classifier.
 
@@ -43,13 +44,13 @@ class SemanticFPNHead(nn.Module):
         self.classifier = nn.Conv2d(width // 2, num_classes, 1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits at the resolution of the first feature."""
+        """Compute logits at the resolution of the first feature."""
         levels = list(self.pyramid(OrderedDict((str(i), feature) for i, feature in enumerate(features))).values())
         sizes = [level.shape[-2:] for level in levels]
         total = self.branches[0](levels[0])
         for i, branch in enumerate(self.branches[1:], start=1):
             level = levels[i]
-            # one convolution a step, each followed by an upsampling to the next shallower stage's size
+            # after each convolution, upsample to the size of the next shallower stage
             for j, convolution in enumerate(branch.children(), start=1):
                 level = upsampled(convolution(level), sizes[i - j])
             total = total + level

@@ -1,4 +1,4 @@
-"""Decode heads: four stage features in, logits out."""
+"""Decode head of SegFormer, and its form for inference."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -13,7 +13,7 @@ __all__ = ["FusedSegformerHead", "SegformerHead"]
 
 
 class _Linear(nn.Module):
-    """Holds one stage's linear layer under the published name ``linear_c{i}.proj``."""
+    """Linear layer of a stage under the published parameter name ``linear_c{i}.proj``."""
 
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class _Linear(nn.Module):
 
 
 class _Fuse(nn.Module):
-    """Holds the fusing 1×1 convolution and its BatchNorm under the published name ``linear_fuse``."""
+    """Fusing 1×1 convolution and BatchNorm under the published parameter name ``linear_fuse``."""
 
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()
@@ -30,23 +30,23 @@ class _Fuse(nn.Module):
 
 
 class SegformerHead(nn.Module):
-    """All-MLP decode head of SegFormer (arXiv 2105.15203, section 3.2), computed folded.
+    """All-MLP decode head of SegFormer (arXiv 2105.15203, section 3.2) with folded linear layers.
 
-    As drawn, each stage goes through a linear layer to ``width`` channels and is upsampled to stage 1; the four are
-    concatenated (deepest first) and a 1×1 convolution brings 4·width to ``width``. All of that is linear, and
-    bilinear upsampling commutes with a 1×1 convolution (its weights sum to one, so biases pass too). Hence
+    In the reference implementation each stage passes through a linear layer to ``width`` channels and is upsampled to
+    stage 1; the four maps are concatenated (deepest first) and a 1×1 convolution maps 4·width to ``width`` channels.
+    These operations are linear, and bilinear upsampling commutes with a 1×1 convolution (its weights sum to one, so
+    with biases too). Hence
 
         Σ_i conv_i(up(linear_i(F_i)))  =  Σ_i up((conv_i ∘ linear_i)(F_i))
 
-    with conv_i the slice of the convolution that belongs to stage i: one C_i→width map per stage at the stage's own
-    resolution. Same parameters, same value and gradients up to rounding, about half the arithmetic.
+    with conv_i the slice of the convolution for stage i: a single C_i→width convolution per stage, at the stage's
+    resolution. Parameters are the same, values and gradients are equal up to rounding, with about half the operations.
 
-    Its layers start from PyTorch's default initialisation. MiT's, with σ = sqrt(2 / fan_out), makes the first logits
-    of a classifier with few outputs so large that training from random weights loses several points of mIoU
-    (docs/results.md).
+    Layers have PyTorch's default initialisation. With MiT's (σ = sqrt(2 / fan_out)) the initial logits of a classifier
+    with few outputs are so large that training from random weights loses several points of mIoU (docs/results.md).
 
     Args:
-        in_channels: width of each stage, shallowest first.
+        in_channels: channels of each stage, shallowest first.
         width: channels inside the head.
         num_classes: number of outputs K.
         dropout: channel dropout before the classifier.
@@ -71,8 +71,8 @@ class SegformerHead(nn.Module):
         self.linear_pred = nn.Conv2d(width, num_classes, 1)
 
     def fold(self) -> tuple[list[Tensor], Tensor]:
-        """The folded maps' weights [width, C_i, 1, 1], shallowest first, and the bias [width] of their sum."""
-        # The convolution reads the deepest stage first.
+        """Return the folded weights [width, C_i, 1, 1], shallowest first, and the bias [width] of the sum."""
+        # reversed: the convolution's input starts with the deepest stage
         slices = reversed(self.linear_fuse.conv.weight.flatten(1).chunk(len(self.linears), dim=1))
         linears = [cast(nn.Linear, self.get_submodule(f"{name}.proj")) for name in self.linears]
         pairs = list(zip(slices, linears, strict=True))
@@ -80,17 +80,17 @@ class SegformerHead(nn.Module):
         return weights, torch.stack([part @ linear.bias for part, linear in pairs]).sum(0)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits at the resolution of the first feature."""
+        """Compute logits at the resolution of the first feature."""
         weights, bias = self.fold()
         maps = [F.conv2d(feature, weight) for feature, weight in zip(features, weights, strict=True)]
-        maps[-1] = maps[-1] + bias[:, None, None]  # of the smallest map, where its gradient is cheap
+        maps[-1] = maps[-1] + bias[:, None, None]  # added to the smallest map, where its gradient is cheapest
         fused = _upsampled_sum(maps)
         activated = F.relu(self.linear_fuse.bn(fused), inplace=True)
         logits: Tensor = self.linear_pred(self.dropout(activated))
         return logits
 
     def fuse(self) -> "FusedSegformerHead":
-        """The same head for inference: the folded maps kept as such, BatchNorm and all biases folded in."""
+        """Return the head for inference: a convolution per stage with linear layers, BatchNorm and biases folded in."""
         bn = self.linear_fuse.bn
         assert bn.running_mean is not None
         assert bn.running_var is not None
@@ -108,10 +108,10 @@ class SegformerHead(nn.Module):
 
 
 class FusedSegformerHead(nn.Module):
-    """What ``SegformerHead.fuse`` gives: one 1×1 convolution a stage, sum, ReLU, classifier; for inference alone.
+    """Result of ``SegformerHead.fuse``, for inference: a 1×1 convolution per stage, sum, ReLU, classifier.
 
     Args:
-        in_channels: width of each stage, shallowest first.
+        in_channels: channels of each stage, shallowest first.
         width: channels inside the head.
         num_classes: number of outputs K.
     """
@@ -122,14 +122,14 @@ class FusedSegformerHead(nn.Module):
         self.linear_pred = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits at the resolution of the first feature."""
+        """Compute logits at the resolution of the first feature."""
         fused = _upsampled_sum([stage(feature) for stage, feature in zip(self.maps, features, strict=True)])
         logits: Tensor = self.linear_pred(fused.relu_())
         return logits
 
 
 def _upsampled_sum(maps: Sequence[Tensor]) -> Tensor:
-    """Σ of maps, each brought to the size of the first, which is overwritten: the largest maps of the network."""
+    """Sum of maps, upsampled to the first, which is overwritten: these are the largest maps of the network."""
     total = maps[0]
     for smaller in maps[1:]:
         add_upsampled(total, smaller)

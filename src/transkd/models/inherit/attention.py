@@ -43,7 +43,7 @@ def solve_attention(theirs: Block, ours: Block, basis: Basis, batches: Activatio
         heads_s=lambda b: student.attended(b["normed_s"], b["context_s"]),
         solved=lambda b: b["student"] + student.proj(b["heads_s"]),
     )
-    both = torch.block_diag(maps.key, maps.value)
+    both: Tensor = torch.block_diag(maps.key, maps.value)  # type: ignore[no-untyped-call]
     spare, start = both.abs().sum(0) == 0, student.kv.weight.clone()  # channels of heads wider than the teacher's
     fit_linear(
         batches,
@@ -140,7 +140,7 @@ def head_maps(teacher: Attention, student: Attention, basis: Basis, batches: Act
         first = min(part * narrow, wide - rank)
         value[its, mine] = of_values[:, first : first + rank]
         back[its, mine] = from_values[first : first + rank].T
-    return HeadMaps(*(x.to(like.dtype) for x in (query, key, value)), back.T.to(like.dtype))
+    return HeadMaps(query.to(like.dtype), key.to(like.dtype), value.to(like.dtype), back.T.to(like.dtype))
 
 
 def _head_factors(
@@ -151,7 +151,7 @@ def _head_factors(
         for seen, parts in zip(moments, zip(*_heads(teacher, batch), strict=True), strict=True):
             for moment, part in zip(seen, parts, strict=True):
                 moment.add(part)
-    readouts = (basis.down.T @ teacher.proj.weight).double().split(teacher.width, dim=1)
+    readouts = torch.split((basis.down.T @ teacher.proj.weight).double(), teacher.width, dim=1)
     return [
         (
             score_factors(queries.second(), keys.second(), teacher.width),
@@ -167,7 +167,8 @@ def _heads(teacher: Attention, batch: Batch) -> tuple[tuple[Tensor, ...], ...]:
     query, pair = teacher.q(tokens), teacher.kv(teacher.context(tokens, batch["grid"]))
     keys = pair.chunk(2, dim=-1)[0]
     given = attend(query, pair, teacher.heads)
-    return tuple(x.split(teacher.width, dim=-1) for x in (query, keys - keys.mean(1, keepdim=True), given))
+    parts = (query, keys - keys.mean(1, keepdim=True), given)
+    return tuple(torch.split(part, teacher.width, dim=-1) for part in parts)
 
 
 def _shared_heads(sizes: list[float], count: int) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """What is refused before anything is solved, each with one line that says what would work."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def check_pair(teacher: Network, student: Network) -> Pair:
         )
     for i, (theirs, ours) in enumerate(zip(*pair, strict=True), start=1):
         _check_stage(i, theirs, ours)
-    _check_heads(teacher.head, student.head)
+    _check_heads(cast(nn.Module, teacher.head), cast(nn.Module, student.head))
     return pair
 
 
@@ -144,12 +144,12 @@ def image_batches(images: Images, mirror: bool = False) -> Iterator[Tensor]:
 
 def _batches(images: Images) -> Iterator[Tensor]:
     if isinstance(images, Tensor):
-        yield from images.split(BATCH)
+        yield from torch.split(images, BATCH)
         return
     waiting: list[Tensor] = []
     for image in images:
         if image.ndim == 4:
-            yield from image.split(BATCH)
+            yield from torch.split(image, BATCH)
             continue
         if waiting and (len(waiting) == BATCH or waiting[0].shape != image.shape):
             yield torch.stack(waiting)

@@ -57,9 +57,9 @@ def _solve_segformer(
     solving.check(gram, ours)
     prior = torch.cat([weight.flatten(1)[units] @ reader.T for weight, reader in zip(weights, readers, strict=True)], 1)
     solved, shift = gram.solve(solving.ridge, prior)
-    parts = solved.split([len(reader) for reader in readers], dim=1)
+    parts = torch.split(solved, [len(reader) for reader in readers], dim=1)
     for name, part in zip(ours.linears, parts, strict=True):
-        write(ours.get_submodule(f"{name}.proj"), part, shift / len(parts))
+        write(cast(nn.Linear, ours.get_submodule(f"{name}.proj")), part, shift / len(parts))
     eye = torch.eye(len(units), device=solved.device)
     ours.linear_fuse.conv.weight.copy_(torch.cat([eye] * len(parts), dim=1)[:, :, None, None])
     statistics = theirs.linear_fuse.bn.state_dict()
@@ -123,10 +123,7 @@ def _calls(head: nn.Module, features: Sequence[Tensor]) -> list[str]:
     """The names of a head's convolutions in the order in which they run."""
     order: list[str] = []
     convolutions = [(name, module) for name, module in head.named_modules() if isinstance(module, nn.Conv2d)]
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: order.append(name))  # type: ignore[misc]
-        for name, module in convolutions
-    ]
+    handles = [module.register_forward_hook(lambda *_, name=name: order.append(name)) for name, module in convolutions]
     try:
         head(features)
     finally:

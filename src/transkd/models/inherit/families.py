@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -126,7 +126,12 @@ def stages_of(encoder: nn.Module) -> list[Stage] | None:
 
 
 def _stage(embed: Any, blocks: nn.Module, norm: str, owner: nn.Module) -> Stage:
-    return Stage(embed.proj, embed.norm, [_block(block) for block in blocks.children()], owner.get_submodule(norm))
+    return Stage(
+        embed.proj,
+        embed.norm,
+        [_block(block) for block in blocks.children()],
+        cast(nn.LayerNorm, owner.get_submodule(norm)),
+    )
 
 
 def _block(block: Any) -> Block:

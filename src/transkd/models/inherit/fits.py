@@ -160,19 +160,19 @@ def fit_norm(batches: Iterable[Batch], norm: nn.LayerNorm, inputs: Rule, targets
 
     A channel that never varies keeps its gain; its bias meets the mean.
     """
-    count, sums = 0, [0.0] * 4
+    count, sums = 0, torch.zeros(())
     for batch in batches:
         x = rows(F.layer_norm(inputs(batch), norm.normalized_shape, eps=norm.eps))
         y = rows(targets(batch))
         count += len(x)
-        sums = [total + part.sum(0) for total, part in zip(sums, (x, y, x * x, x * y), strict=True)]
-    x, y, xx, xy = (total / count for total in sums)
+        sums = sums + torch.stack([part.sum(0) for part in (x, y, x * x, x * y)])
+    x, y, xx, xy = sums / count
     variance = xx - x * x
     gain = torch.where(variance > 1e-12, (xy - x * y) / variance.clamp_min(1e-12), norm.weight.double())
     write(norm, gain, y - gain * x)
 
 
-def write(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+def write(layer: Layer | nn.LayerNorm, weight: Tensor, bias: Tensor) -> None:
     """Give a layer its solved parameters."""
     layer.weight.copy_(weight.reshape(layer.weight.shape))
     if layer.bias is not None:

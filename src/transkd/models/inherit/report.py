@@ -40,6 +40,16 @@ class InheritReport:
     agreement: float | None = None
     warnings: tuple[str, ...] = ()
 
+    def summary(self) -> str:
+        """One line for the log."""
+        words = {"solve": "solved from", "select": "a subset of the weights of", "copy": "a copy of"}[self.how]
+        parts = [f"{words} the teacher in {self.seconds:.0f} s, {self.images} images"]
+        if self.feature_errors:
+            parts.append(f"relative error of the features {', '.join(f'{error:.3f}' for error in self.feature_errors)}")
+        if self.agreement is not None:
+            parts.append(f"{100 * self.agreement:.1f} % of the pixels as the teacher has them")
+        return "; ".join(parts)
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transkd.errors import UserError
+
 __all__ = [
     "Basis",
     "Moments",
@@ -94,6 +96,11 @@ class Moments:
 
     def second(self) -> Tensor:
         """E[x xᵀ]."""
+        if not bool(torch.isfinite(self.products).all()):
+            raise UserError(
+                "solve: the teacher's activations hold NaN or infinity on these images, expected finite ones. Look at "
+                "the images, and whether the teacher predicts anything on them"
+            )
         return self.products / self.count
 
     def covariance(self) -> Tensor:

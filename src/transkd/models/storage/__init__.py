@@ -1,1 +1,1 @@
-"""Weights on disk and on hubs: what a file holds, what is said beside it, and how it gets into a network and out."""
+"""Storage of weights: formats, sources, loading, saving, export and licence lineage."""

@@ -1,4 +1,4 @@
-"""What a file of weights says of its network, so that it can be built and used again without any config."""
+"""Description of a network inside its weights file, from which it can be rebuilt without a configuration."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from transkd.models.network import Network
 __all__ = ["CARD", "describe"]
 
 CARD = "transkd"
-"""The key under which our files describe their network: in safetensors metadata as JSON, in checkpoints as a dict."""
+"""Key of the description: in safetensors metadata as JSON, in checkpoints as a dict."""
 
 
 def describe(network: Network, classes: tuple[Any, Any] | None = None, **notes: Any) -> dict[str, Any]:
-    """The card of a network.
+    """Return the description of a network.
 
     Args:
-        network: to describe.
-        classes: names and palette (``transkd.data.ClassSet``), where they are known.
-        notes: anything else worth keeping that JSON can hold.
+        network: the network.
+        classes: names and palette (``transkd.data.ClassSet``), if known.
+        notes: additional entries, serialisable as JSON.
     """
     card: dict[str, Any] = {
         "transkd_version": transkd.__version__,

@@ -1,4 +1,4 @@
-"""Names of the same tensors in the formats of others: which format a file has, and its tensors under our names."""
+"""Conversion of tensor names between weight formats: detects the format of a file, renames to ours and back."""
 
 import re
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ STAGES = 4
 
 
 def rename_to_ours(tensors: Mapping[str, Tensor]) -> tuple[str, StateDict]:
-    """Tell a file's format by its names.
+    """Detect a file's format by its tensor names and rename the tensors.
 
     Args:
-        tensors: as they lie in the file.
+        tensors: tensors as in the file.
 
     Returns:
-        The format ("transkd", "authors", "mit", "mmseg", "huggingface", "smp", or "unknown") and the tensors under
-        our names; as they were where the format is unknown.
+        The format ("transkd", "authors", "mit", "mmseg", "huggingface", "smp" or "unknown") and the tensors under our
+        names, not renamed if the format is unknown.
 
     Example:
         >>> kind, ours = rename_to_ours({"segformer.encoder.layer_norm.0.weight": torch.ones(32)})
@@ -33,12 +33,12 @@ def rename_to_ours(tensors: Mapping[str, Tensor]) -> tuple[str, StateDict]:
     """
     plain = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     names = set(plain)
-    if "student.patch_embed1.proj.weight" in names:  # the authors' distillation checkpoint
+    if "student.patch_embed1.proj.weight" in names:  # distillation checkpoint of the TransKD authors
         return "authors", split_transkd_checkpoint(plain)["student"]
-    if "patch_embed1.proj.weight" in names:  # MiT alone (ImageNet, with its classifier) or a whole SegFormer
+    if "patch_embed1.proj.weight" in names:  # MiT encoder (ImageNet, with its classifier) or complete SegFormer
         plain = {name: tensor for name, tensor in plain.items() if not name.startswith("head.")}
         return "mit", split_transkd_checkpoint({f"student.{name}": plain[name] for name in plain})["student"]
-    if "backbone.patch_embed1.proj.weight" in names:  # the SegFormer authors' whole networks
+    if "backbone.patch_embed1.proj.weight" in names:  # complete networks of the SegFormer authors (mmsegmentation)
         return "mmseg", _replace_prefixes(plain, MMSEG)
     if any(re.match(r"(segformer\.)?encoder\.(patch_embeddings|layer_norm|block)\.\d", name) for name in names):
         return "huggingface", _from_huggingface(plain)
@@ -50,10 +50,10 @@ def rename_to_ours(tensors: Mapping[str, Tensor]) -> tuple[str, StateDict]:
 
 MMSEG = {
     "backbone.": "encoder.",
-    "decode_head.conv_seg.": None,  # built by the framework, read by nobody
+    "decode_head.conv_seg.": None,  # unused layer of mmsegmentation's base class
     "decode_head.": "head.",
 }
-# segmentation_models.pytorch; its list of linear layers begins with the deepest stage
+# segmentation_models.pytorch; its list of linear layers starts with the deepest stage
 SMP = {
     "encoder.": "encoder.",
     **{f"decoder.mlp_stage.{STAGES - i}.linear.": f"head.linear_c{i}.proj." for i in range(1, STAGES + 1)},
@@ -74,14 +74,14 @@ def _replace_prefixes(tensors: StateDict, prefixes: Mapping[str, str | None]) ->
 
 
 def _with_batch_counter(tensors: StateDict) -> StateDict:
-    """Add the batch counter that some writers leave out; it matters to no result."""
+    """Add BatchNorm's batch counter, which some libraries do not save; it does not affect results."""
     if "head.linear_fuse.bn.running_mean" in tensors:
         tensors.setdefault("head.linear_fuse.bn.num_batches_tracked", torch.tensor(0))
     return tensors
 
 
 def _huggingface_modules(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Our module names -> those in a folder of transformers' SegFormer, for as many blocks as there are."""
+    """Map our module names to those of transformers' SegFormer, for the blocks in ``tensors``."""
     names = {"head.linear_fuse.conv": "decode_head.linear_fuse", "head.linear_fuse.bn": "decode_head.batch_norm"}
     names["head.linear_pred"] = "decode_head.classifier"
     block = re.compile(r"(?:encoder\.block|segformer\.encoder\.block\.|encoder\.block\.)(\d+)\.(\d+)\.")
@@ -101,7 +101,7 @@ def _huggingface_modules(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 HUGGINGFACE_BLOCK = {
     "norm1": "layer_norm_1",
     "attn.q": "attention.self.query",
-    "attn.k": "attention.self.key",  # ours joins the two as attn.kv
+    "attn.k": "attention.self.key",  # ours fuses key and value as attn.kv
     "attn.v": "attention.self.value",
     "attn.sr": "attention.self.sr",
     "attn.norm": "attention.self.layer_norm",
@@ -114,9 +114,9 @@ HUGGINGFACE_BLOCK = {
 
 
 def _from_huggingface(tensors: StateDict) -> StateDict:
-    # a bare encoder's file says encoder.…, a classifier's or a segmenter's segformer.encoder.…
+    # names start with encoder.… in an encoder's file, segformer.encoder.… in a classifier's or segmenter's
     full = {f"segformer.{name}" if name.startswith("encoder.") else name: tensor for name, tensor in tensors.items()}
-    full = {name: tensor for name, tensor in full.items() if not name.startswith("classifier.")}  # of ImageNet
+    full = {name: tensor for name, tensor in full.items() if not name.startswith("classifier.")}  # ImageNet classifier
     ours = {theirs: name for name, theirs in _huggingface_modules(full).items()}
     renamed = {}
     for name, tensor in full.items():
@@ -130,7 +130,7 @@ def _from_huggingface(tensors: StateDict) -> StateDict:
 
 
 def rename_to_huggingface(tensors: Mapping[str, Tensor]) -> StateDict:
-    """The tensors of one of our SegFormers under the names that a folder of transformers' has.
+    """Rename the tensors of our SegFormer to the names of transformers.
 
     Example:
         >>> list(rename_to_huggingface({"head.linear_c1.proj.bias": torch.zeros(4)}))
@@ -151,7 +151,7 @@ def rename_to_huggingface(tensors: Mapping[str, Tensor]) -> StateDict:
 
 
 def guess_segformer(tensors: Mapping[str, Tensor]) -> tuple[str | None, int | None]:
-    """Name and classes of the SegFormer that tensors under our names belong to; None for what they do not tell."""
+    """Infer the name and number of classes of a SegFormer from tensors under our names, None where unknown."""
     channels, depths = [], []
     for i in range(1, STAGES + 1):
         projection = tensors.get(f"encoder.patch_embed{i}.proj.weight")
@@ -164,7 +164,7 @@ def guess_segformer(tensors: Mapping[str, Tensor]) -> tuple[str | None, int | No
     return name, len(classifier) if classifier is not None else None
 
 
-# A tensor that tells what kind of network a foreign file holds.
+# Parts of tensor names that identify the kind of network in a file of another library.
 SIGNATURES = (
     ("transformer.resblocks.", "a CLIP network"),
     ("sem_seg_head.", "a Mask2Former"),
@@ -183,7 +183,7 @@ SIGNATURES = (
 
 
 def looks_like(tensors: Mapping[str, Tensor]) -> str | None:
-    """What a file seems to hold, in words; None where nothing is recognised.
+    """Describe the network that tensors seem to belong to, for messages; None if it is not recognised.
 
     Example:
         >>> looks_like({"layer1.0.conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)})

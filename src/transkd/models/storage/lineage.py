@@ -1,4 +1,4 @@
-"""Licence lineage: where a network's code and weights come from, kept in every file of weights."""
+"""Licence lineage: origins and licences of a network's code and weights, stored in every weights file."""
 
 import re
 from collections.abc import Iterable
@@ -17,12 +17,12 @@ __all__ = [
 ]
 
 Lineage = list[dict[str, str | None]]
-"""Entries ``{"part": "code" | "weights" | "teacher", "source": …, "license": … or None where nobody says}``."""
+"""Entries ``{"part": "code" | "weights" | "teacher", "source": …, "license": …}``; None for an unknown licence."""
 
 CODE: dict[str, str | None] = {"part": "code", "source": "transkd", "license": "Apache-2.0"}
 RANDOM: dict[str, str | None] = {"part": "weights", "source": "random initialisation", "license": "none needed"}
 
-# Licences that allow commercial use, as model hubs spell them.
+# Licences that allow commercial use, in the spelling of model hubs.
 PERMISSIVE = re.compile(
     r"(apache|mit( license)?$|bsd|isc|cc0|cc-by-(sa-)?\d|unlicense$|openrail|[al]?gpl|mpl|zlib|wtfpl|cdla|none needed)",
     re.I,
@@ -31,7 +31,7 @@ NON_COMMERCIAL = re.compile(r"(non[- ]?commercial|(^|[^a-z])nc([^a-z]|$)|nvidia|
 
 
 def is_commercial(license: str | None) -> bool | None:
-    """Whether a licence allows commercial use; None where it is not known.
+    """Whether a licence allows commercial use; None if that is not known.
 
     Example:
         >>> is_commercial("apache-2.0"), is_commercial("cc-by-nc-4.0"), is_commercial("other")
@@ -45,14 +45,14 @@ def is_commercial(license: str | None) -> bool | None:
 
 
 def describe_lineage(lineage: Lineage) -> str:
-    """One line, for logs and model cards."""
+    """Format a lineage as one line for logs and model cards."""
     return "; ".join(
         f"{entry['part']}: {entry['source']} ({entry['license'] or 'licence unknown'})" for entry in lineage
     )
 
 
 def merge_lineage(*lineages: Iterable[dict[str, str | None]]) -> Lineage:
-    """Join lineages, each entry once, in order."""
+    """Concatenate lineages without duplicates."""
     merged: Lineage = []
     for lineage in lineages:
         for entry in lineage:
@@ -62,21 +62,20 @@ def merge_lineage(*lineages: Iterable[dict[str, str | None]]) -> Lineage:
 
 
 def as_teacher(lineage: Lineage) -> Lineage:
-    """What a teacher's lineage is in its student's: where the knowledge comes from."""
+    """Convert a teacher's lineage to entries of its student's lineage."""
     return [{**entry, "part": "teacher"} for entry in lineage if entry["part"] != "code"]
 
 
 def check_license_policy(lineage: Lineage, policy: str, who: str) -> None:
-    """Hold a network's lineage against ``license_policy``.
+    """Check a network's lineage against ``license_policy``.
 
     Args:
-        lineage: of a network.
-        policy: "any", or "commercial", which takes only what is known to allow commercial use.
-        who: the network, for the message.
+        lineage: lineage of the network.
+        policy: "any", or "commercial", which accepts only licences that are known to allow commercial use.
+        who: name of the network for the message.
 
     Raises:
-        UserError: some part does not allow commercial use or nobody says under which licence it stands; or there
-            is no such policy.
+        UserError: a licence does not allow commercial use or is unknown, or the policy is unknown.
     """
     if policy not in ("any", "commercial"):
         raise UserError(f"license_policy is 'any' or 'commercial', got {policy!r}")
@@ -86,6 +85,6 @@ def check_license_policy(lineage: Lineage, policy: str, who: str) -> None:
     if refused:
         raise UserError(
             f"license_policy=commercial refuses {who}: {describe_lineage(refused)}. Start from weights that allow "
-            "commercial use, or say under which licence a file stands: license=…, in training student.license=… or "
+            "commercial use, or state the licence of a file: license=…, in training student.license=… or "
             "teacher.license=…"
         )

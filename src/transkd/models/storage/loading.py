@@ -1,4 +1,4 @@
-"""Weights into a network: strict and safe."""
+"""Strict loading of weights into a network."""
 
 import logging
 import re
@@ -30,24 +30,24 @@ def load_weights(
     classifier: str = "same",
     license: str | None = None,
 ) -> None:
-    """Load weights into a network: every tensor, or a clear error.
+    """Load all tensors of a weights file into a network, or raise a `UserError`.
 
-    What is not strict is a rule, and logged: an encoder alone (ImageNet) leaves the decode head at its random
-    start; the authors' 20th output ("ignore") is dropped for 19 classes; ``classifier="new"`` leaves a classifier of
-    another size at its random start. Normalisation and licence lineage come with the weights; those of an encoder alone
-    leave a normalisation that was chosen.
+    Exceptions, each of which is logged: for encoder weights (ImageNet) the decode head keeps its random initialisation;
+    the 20th output ("ignore") of the authors' checkpoints is dropped for 19 classes; with ``classifier="new"`` a
+    classifier of another size keeps its random initialisation. Normalisation and licence lineage are loaded too;
+    encoder weights do not replace a normalisation that was given explicitly.
 
     Args:
-        network: to load into; left as it is when anything does not fit.
-        source: see ``read_weights``, or what that gave.
+        network: the network; unchanged if there is an error.
+        source: see ``read_weights``, or its result.
         classifier: "same" or "new".
-        license: of the weights, where they do not say themselves.
+        license: licence of the weights, used if the file does not state one.
 
     Raises:
-        UserError: names the first tensors that differ, and what the file looks like instead.
+        UserError: tensors differ; the message lists the first ones and what network the file seems to contain.
     """
     if classifier not in ("same", "new"):
-        raise UserError(f"classifier is 'same' or 'new', got {classifier!r}")
+        raise UserError(f"classifier must be 'same' or 'new', got {classifier!r}")
     weights = source if isinstance(source, Weights) else read_weights(source)
     expected = network.state_dict()
     tensors = dict(weights.tensors if isinstance(network, Segmenter) else weights.original)
@@ -67,11 +67,11 @@ def load_weights(
 
 
 def _from_timm_names(network: Segmenter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A timm file's names -> those of timm's feature extractor; the classifier and what leads to it are left out."""
+    """Rename a timm file's tensors for timm's feature extractor; drop the classifier and layers before it."""
     ours = set(network.encoder.state_dict())
     if all(name.removeprefix("encoder.") in ours for name in tensors if not name.startswith("head.")):
         return tensors
-    with torch.device("meta"):  # what the whole network has beyond the four stages
+    with torch.device("meta"):  # meta: only the names of the complete network are needed
         whole = set(timm.create_model(network.encoder.architecture).state_dict())
     renamed = {}
     for name, tensor in tensors.items():
@@ -81,16 +81,16 @@ def _from_timm_names(network: Segmenter, tensors: dict[str, Tensor]) -> dict[str
         if found is not None:
             renamed[f"encoder.{found}"] = tensor
         elif plain not in whole:
-            renamed[name] = tensor  # foreign: to be named in the error
+            renamed[name] = tensor  # unknown: reported as an error later
     return renamed
 
 
 def _complete_head(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], source: str) -> bool:
-    """An encoder alone gets the head that the network has."""
+    """Add the network's own head to encoder weights; return whether that was needed."""
     encoder = any(name.startswith("encoder.") for name in tensors)
     if not encoder or any(name.startswith("head.") for name in tensors):
         return False
-    log.info("%s holds an encoder alone; the decode head starts from random weights", source)
+    log.info("%s contains only an encoder; the decode head is initialised at random", source)
     tensors.update({name: tensor for name, tensor in expected.items() if name.startswith("head.")})
     return True
 
@@ -105,7 +105,7 @@ def _drop_ignore_output(tensors: dict[str, Tensor], expected: Mapping[str, Tenso
 def _renew_classifier(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
     for name in expected:
         if name.startswith(CLASSIFIERS) and name in tensors and tensors[name].shape != expected[name].shape:
-            log.info("%s: %s starts from random weights (classifier=new)", source, name)
+            log.info("%s: %s is initialised at random (classifier=new)", source, name)
             tensors[name] = expected[name]
 
 
@@ -119,23 +119,23 @@ def _check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], networ
     if len(problems) == len(differing) and all(name.startswith(CLASSIFIERS) for name in differing):
         raise UserError(
             f"{weights.source} has {len(got[differing[0]])} classes, {network.name} was built for "
-            f"{network.num_classes}: {problems[0]}. A student starts its classifier at random with "
-            f"student.classifier=new; a teacher keeps its own with teacher.network.num_classes={len(got[differing[0]])}"
+            f"{network.num_classes}: {problems[0]}. For a student with a new classifier set student.classifier=new; "
+            f"for a teacher with the file's classes set teacher.network.num_classes={len(got[differing[0]])}"
         )
     what = looks_like(got)
     more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise UserError(
         f"{weights.source} does not fit {network.name} with {network.num_classes} classes: "
         f"{'; '.join(problems[:3])}{more}. {f'It looks like {what}. ' if what else ''}"
-        "Choose the network that the file was made with"
+        "Choose the network that the file was written from"
     )
 
 
 def _lineage(weights: Weights, license: str | None) -> list[dict[str, str | None]]:
-    """The weights' own; what nobody stated, or the naming alone suggests, takes the user's word."""
+    """Return the weights' lineage; ``license`` fills in licences that are unknown or only inferred from the naming."""
     entries = []
     for entry in weights.lineage:
-        unsaid = entry["license"] is None or NVIDIA_NAMING in str(entry["source"])
-        stated = license is not None and entry["part"] == "weights" and unsaid
+        unstated = entry["license"] is None or NVIDIA_NAMING in str(entry["source"])
+        stated = license is not None and entry["part"] == "weights" and unstated
         entries.append({**entry, "license": license} if stated else entry)
     return merge_lineage(entries)

@@ -1,4 +1,4 @@
-"""A network and its card in one file."""
+"""Saving of a network with its description in one file."""
 
 import json
 from pathlib import Path
@@ -14,14 +14,14 @@ __all__ = ["save_segmenter"]
 
 
 def save_segmenter(network: Network, path: str | Path, classes: tuple[Any, Any] | None = None, **notes: Any) -> None:
-    """Write the plain network and its description to one safetensors file, whole or not at all.
+    """Write a network and its description to a safetensors file, atomically.
 
     Args:
-        network: built by ``create_segmenter``, or any other ``Network``; the latter's file holds the tensors under
-            the wrapped module's own names and cannot build it again.
-        path: file to write; replaced only once the new one is complete.
-        classes: names and palette (``transkd.data.classes.ClassSet``), for pictures and tables later.
-        notes: anything else worth keeping that JSON can hold.
+        network: a network from ``create_segmenter``, or another ``Network``; the file of the latter has the tensor
+            names of the wrapped module and cannot rebuild it.
+        path: file to write or replace.
+        classes: names and palette (``transkd.data.classes.ClassSet``), for pictures and tables.
+        notes: additional entries, serialisable as JSON.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     content = safetensors.torch.save(tensors, metadata={CARD: json.dumps(describe(network, classes, **notes))})

@@ -1,4 +1,4 @@
-"""Checkpoints of the TransKD authors, read into our modules."""
+"""Conversion of the TransKD authors' checkpoints to our modules."""
 
 import re
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ FUSION_LAYERS = {
     "conv2.0": "expand.conv",
     "conv2.1": "expand.norm",
 }
-# name in the checkpoint -> part and name in ours; what stands for more than a renaming is below
+# Name in the checkpoint -> part and name in ours; other conversions are in the functions below.
 RENAMED = (
     (re.compile(r"student\.((?:patch_embed|block|norm)\d\..+)"), "student", r"encoder.\1"),
     (re.compile(r"student\.((?:linear_c\d|linear_fuse|linear_pred)\..+)"), "student", r"head.\1"),
@@ -39,19 +39,19 @@ SHARE = re.compile(r"fuse_weights\.(\d)")
 
 
 def split_transkd_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, StateDict]:
-    """Split a checkpoint in the authors' naming into the parts that ours are made of.
+    """Split a checkpoint in the authors' naming into student and terms under our names.
 
     Args:
-        state_dict: tensors by name: the student's under ``student.``, the training modules' beside it; all of
-            them may carry ``module.`` in front, as data-parallel training writes it.
+        state_dict: tensors by name: the student's with the prefix ``student.``, the training modules' without; all may
+            have the prefix ``module.`` of data-parallel training.
 
     Returns:
         By name "student" (for a `Segmenter`), "csf", "pea", "gl_mixer" and "ea" (for the terms of
-        `transkd.losses`), each to be loaded with ``strict=True`` into a module of matching size. A part that
-        the checkpoint does not have is absent.
+        `transkd.losses`), each to be loaded with ``strict=True`` into a module of the same size. Parts that
+        the checkpoint does not contain are absent.
 
     Raises:
-        UserError: a tensor belongs to none of these parts.
+        UserError: a tensor does not belong to any of these parts.
 
     Example:
         >>> parts = split_transkd_checkpoint({"module.embed1_linearproject.weight": torch.zeros(12, 8)})
@@ -73,12 +73,12 @@ def split_transkd_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Stat
 
 
 def _is_dropped(name: str) -> bool:
-    # the squeeze for batches of one; ours has one squeeze for all
+    # separate squeeze for batches of one; ours uses the same for all
     return re.match(r"skfs\.\d\.fc1\.", name) is not None
 
 
 def _place(name: str, names: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Find the part that a tensor belongs to and its name in that part."""
+    """Return the part that a tensor belongs to and its name there."""
     if (match := FUSION.fullmatch(name)) and match[2] in FUSION_LAYERS:
         deepest = 1 + max(int(found[1]) for other in names if (found := FUSION.fullmatch(other)))
         return "csf", f"stages.{deepest - int(match[1])}.{FUSION_LAYERS[match[2]]}.{match[3]}"
@@ -97,14 +97,14 @@ def _place(name: str, names: Mapping[str, Tensor]) -> tuple[str, str]:
         if match := pattern.fullmatch(name):
             return part, match.expand(ours)
     raise UserError(
-        f"{name!r} is no tensor of a TransKD checkpoint: expected student.*, skfs.*, embed*_linearproject, "
+        f"{name!r} is not a tensor of a TransKD checkpoint: expected student.*, skfs.*, embed*_linearproject, "
         "attn4.*, conv1, conv2, atten_weight, conv_weight, patch_embed*, fuse_weights.*. "
         "Is it a checkpoint of another kind?"
     )
 
 
 def _join_shares(part: StateDict) -> None:
-    """Replace the single scalars, first all u and then all v, by our two tensors."""
+    """Concatenate the scalars, all u followed by all v, to our two tensors."""
     names = sorted(name for name in part if SHARE.fullmatch(name))
     if names:
         shares = torch.cat([part.pop(name).reshape(1) for name in names])
@@ -112,6 +112,6 @@ def _join_shares(part: StateDict) -> None:
 
 
 def _count_batches(part: StateDict) -> None:
-    """Add the batch counters that some writers leave out; they matter to no result."""
+    """Add BatchNorm's batch counters, which some libraries do not save; they do not affect results."""
     for name in [name for name in part if name.endswith(".running_mean")]:
         part.setdefault(f"{name.removesuffix('running_mean')}num_batches_tracked", torch.tensor(0))
