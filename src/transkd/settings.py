@@ -171,6 +171,7 @@ class ProcessSettings(Settings):
 
     keep_freed_memory: bool = True
     license_policy: Literal["any", "commercial"] = "any"
+    plugins: list[str] = []
 
 
 class TrainSettings(ProcessSettings):
