@@ -92,6 +92,8 @@ def _start(
 ) -> InheritReport:
     started = time.perf_counter()
     expert, draft = _frozen(teacher), _frozen(student)
+    if expert.mean.device.type == "mps":  # has no float64
+        expert.cpu()
     draft.to(expert.mean.device)
     with Progress(disable=not progress, transient=True) as bar, torch.no_grad():
         if how == "solve":
