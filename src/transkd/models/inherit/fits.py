@@ -93,6 +93,7 @@ class Solving:
         advance: tells the progress bar that a part is done.
         names: of the student's modules, for messages.
         shortages: layers with fewer image positions than unknowns: name, positions, unknowns.
+        notes: whatever else there is to warn of.
     """
 
     ridge: float = 1e-3
@@ -100,6 +101,7 @@ class Solving:
     advance: Callable[[], None] = lambda: None
     names: Mapping[nn.Module, str] = field(default_factory=dict)
     shortages: list[tuple[str, int, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def check(self, gram: Gram, layer: nn.Module) -> None:
         """Note a fit with too few positions; refuse one whose sums are not finite."""
@@ -114,14 +116,15 @@ class Solving:
             self.shortages.append((name, gram.count, unknowns))
 
     def warnings(self) -> list[str]:
-        """What there is to say of the layer that lacks positions most."""
+        """The notes, and the layer that lacks positions most."""
         if not self.shortages:
-            return []
+            return self.notes
         name, positions, unknowns = max(self.shortages, key=lambda shortage: shortage[2] / shortage[1])
         return [
+            *self.notes,
             f"{name} is solved from {positions} image positions for {unknowns} unknowns, and {len(self.shortages)} "
             f"layers in all from too few; the ridge keeps them near the teacher's weights. Better give "
-            f"{unknowns / positions:.1f} times as many images"
+            f"{unknowns / positions:.1f} times as many images",
         ]
 
 
