@@ -2,28 +2,30 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= .
+CONSTRAINTS ?= constraints.txt
 
 python := $(abspath $(VENV))/bin/python
-install := $(python) -m pip install --disable-pip-version-check -c constraints.txt
+install := $(python) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint check clean
+.PHONY: help install demo test test-oldest lint check clean
 
 help:
 	@echo "make demo     draw road scenes, train a teacher on them, distil it into a student, score both"
 	@echo "make test     the tests that take seconds"
+	@echo "make test-oldest  the same with the oldest versions that the package admits, in .venv-oldest"
 	@echo "make check    everything: lint, types, all tests"
 	@echo "make lint     ruff and mypy alone"
 	@echo "make install  the environment for development, without running anything"
-	@echo "make clean    remove $(VENV) and caches; outputs/ and data/ stay"
+	@echo "make clean    remove $(VENV), .venv-oldest and caches; outputs/ and data/ stay"
 	@echo
 	@echo "PYTHON=$(PYTHON)  makes the environment; 3.10 or newer"
 	@echo "VENV=$(VENV)     where the environment lies"
 	@echo "OUT=$(OUT)          where the demo puts data/ and outputs/"
 
 # The stamps lie in the environment, so that removing it removes them. A failed install leaves none.
-$(VENV)/.package: pyproject.toml constraints.txt
+$(VENV)/.package: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("transkd needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(python) -m pip install --disable-pip-version-check --quiet --upgrade pip
@@ -42,6 +44,9 @@ demo: $(VENV)/.package
 test: $(VENV)/.dev
 	$(pytest)
 
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
 lint: $(VENV)/.dev
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
@@ -51,4 +56,4 @@ check: lint
 	$(pytest) -m "slow or not slow"
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .pytest_cache .mypy_cache .ruff_cache

@@ -23,6 +23,7 @@ from benchmarks.measure import Cost
 from benchmarks.terms import CLASSES, SAME_WIDTHS, SETTINGS, SIZE, TASK, TERMS, Term, build, measure_terms
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrow, Rectangle
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from transkd.outputs import SegmentationOutput
@@ -136,7 +137,7 @@ def known_costs(path: Path) -> dict[str, tuple[str, str]]:
     """Read time and memory from an existing table."""
     if not path.is_file():
         return {}
-    rows = re.findall(r"^\| \[`(\w+)`\].*\| ([^|]+) \| ([^|]+) \|$", path.read_text(encoding="utf-8"), re.M)
+    rows = re.findall(r"^\| \[`(\w+)`\]\(#.*\| ([^|]+) \| ([^|]+) \|$", path.read_text(encoding="utf-8"), re.M)
     return {name: (seconds, memory) for name, seconds, memory in rows}
 
 
@@ -145,9 +146,9 @@ HEAD = """# Distillation terms
 Written by `python scripts/loss_table.py` from `conf/term/` and the classes' documentation; do not edit.
 
 A term compares the outputs of a student and a teacher (`SegmentationOutput`: logits, features F1-F4, patch embeddings
-E1-E4, the normalised image) and returns an unweighted scalar. Choose terms with `'term=[kd,csf]'`, or
-a preset that weighs them as its paper does with `distill=`; [conf/distill](../conf/distill) says whose composition
-each is.
+E1-E4, the normalised image) and returns an unweighted scalar. Choose terms with `'term=[kd,csf]'`, or a
+[preset](#presets) that weighs them as its paper does with `distill=`. Every run also has `task`, the cross-entropy of
+the student's logits with the labels (`TaskCrossEntropy`). Parameters of a term are not part of the deployed student.
 
 Common to all terms: the teacher's outputs are detached; maps of another size are resized to a common grid, by default
 the teacher's (bilinear, align_corners=False); labels are resized by nearest neighbour, 255 is ignored; values are
@@ -165,6 +166,21 @@ keeps it. A schedule multiplies the weight:
 each term's gradient and its cosine with the task's.
 
 """
+
+
+def presets() -> str:
+    """The table of conf/distill: each preset's terms, and what its file says of it."""
+    rows = []
+    for path in sorted((ROOT / "conf" / "distill").glob("*.yaml")):
+        terms = OmegaConf.load(path).defaults[0]["override /term"]
+        comment = []
+        for line in path.read_text(encoding="utf-8").splitlines()[1:]:  # the first names the package
+            if not line.startswith("#"):
+                break
+            comment.append(line.removeprefix("#").strip())
+        link = f"[`{path.stem}`](../conf/distill/{path.name})"
+        rows.append(f"| {link} | {', '.join(f'`{term}`' for term in terms)} | {' '.join(comment)} |")
+    return "\n".join(["## Presets", "", "| `distill=` | terms | composition |", "|---|---|---|", *rows])
 
 
 def main() -> None:
@@ -208,7 +224,7 @@ def main() -> None:
         rows.append(f"| {' | '.join(columns)} |")
         settings = f" Here with {SETTINGS[term.name]}." if SETTINGS.get(term.name) else ""
         sections.append(
-            f"## {term.name}\n\n`{kind}`, [conf/term/{term.name}.yaml](../conf/term/{term.name}.yaml): "
+            f"### {term.name}\n\n`{kind}`, [conf/term/{term.name}.yaml](../conf/term/{term.name}.yaml): "
             f"{term.about}.{settings}\n\n![inputs of {term.name}]({pictures.name}/{term.name}.svg)\n\n"
             f"{as_markdown(describe(term.module))}\n"
         )
@@ -240,7 +256,9 @@ def main() -> None:
     elif arguments.output.is_file():
         found = re.search(r"^The cross-entropy itself: .*$", arguments.output.read_text(encoding="utf-8"), re.M)
         measured += f"{found[0]}\n" if found else ""
-    arguments.output.write_text(f"{HEAD}{table}\n\n{measured}\n" + "\n".join(sections), encoding="utf-8")
+    arguments.output.write_text(
+        f"{HEAD}{table}\n\n{measured}\n{presets()}\n\n## Terms\n\n" + "\n".join(sections), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -76,6 +76,22 @@ def test_a_mistake_gets_one_clear_message(call, arguments, parts):
     assert [part for part in parts if part not in message] == []
 
 
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.inside", "transkd.nowhere"])
+def test_a_plugin_that_is_not_there(call, name):
+    error = call(train, f"plugins=[{name}]")
+    assert error.startswith(f"error: plugins=[{name}]: there is no module")
+    assert "\n" not in error
+
+
+def test_a_plugin_that_lacks_something_keeps_its_traceback(call, tmp_path, monkeypatch, capsys):
+    (tmp_path / "half.py").write_text("import nowhere_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert call(train, "plugins=[half]") == "1"
+    shown = capsys.readouterr().err
+    assert "half.py" in shown
+    assert "No module named 'nowhere_at_all'" in shown
+
+
 def test_a_bug_keeps_its_traceback(call, monkeypatch, capsys):
     def broken(cfg):
         raise ZeroDivisionError("a bug of ours")
@@ -172,7 +188,7 @@ def test_a_batch_of_unlike_sizes(call, trained):
     scaled = "[{_target_:albumentations.RandomScale,scale_limit:[0.1,1],p:1}]"
     where = [f"data.root={trained / 'data'}", "distill=none"]
     message = call(train, *TINY, *where, f"data.train_transform.transforms={scaled}")
-    assert "must be of one size" in message
+    assert "must have the same size" in message
     assert "data.batch_size=1" in message
 
 

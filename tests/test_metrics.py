@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from memory import peak_memory
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from transkd.metrics import PROTOCOLS, SegmentationScore, scores_from_confusion
+from transkd.metrics import PROTOCOLS, Protocol, SegmentationScore, at_labels, scores_from_confusion
 
 CLASSES = 5
 ABSENT = 3  # in no label and no prediction
@@ -67,6 +67,19 @@ def test_against_counting_pixels(batches, protocol):
     assert scores.pixel_accuracy.item() == pytest.approx(accuracy)
     assert math.isnan(iou[ABSENT])
     assert 0.05 < miou < 0.5
+
+
+def test_a_protocol_of_ones_own(batches, monkeypatch):
+    """What `compare` hides is not counted: here everything but the first class."""
+
+    def first_class(logits, target):
+        predicted, target = at_labels(logits, target)
+        return predicted, target.where(target == 0, 255)
+
+    monkeypatch.setitem(PROTOCOLS, "first", Protocol(True, first_class, "the first class alone"))
+    scores = scored(batches, "first").compute()
+    recall = sum((F.interpolate(x, y.shape[1:], mode="bilinear").argmax(1)[y == 0] == 0).sum() for x, y in batches)
+    assert scores.iou[0].item() == pytest.approx(recall / sum((y == 0).sum() for _, y in batches))
 
 
 def test_the_protocols_differ(batches):

@@ -83,16 +83,49 @@ def test_any_module_teaches_and_learns(root):
     bare.load_state_dict(student(root, "modules"), strict=True)
 
 
-def test_the_student_can_start_from_the_teacher(root, b0_file, caplog):
+def test_the_student_can_start_as_a_copy_of_the_teacher(root, b0_file, caplog):
     caplog.set_level(logging.INFO)
-    settings = ["student.from_teacher=true", f"teacher.weights={b0_file}", "optim.optimizer.lr=0"]
+    settings = ["student.from_teacher=copy", f"teacher.weights={b0_file}", "optim.optimizer.lr=0"]
     train(root, "warm", "distill=transkd_base", *settings)
     teacher = load_segmenter(b0_file)[0].state_dict()
     assert all(torch.equal(tensor, teacher[name]) for name, tensor in student(root, "warm").items() if "bn" not in name)
+    train(root, "alone", "distill=none", *settings)  # the teacher is read for the start alone
+    start = results(root, "alone")["start"]
+    assert start["how"] == "copy"
+    assert start["agreement"] == 1.0
+    assert start["mIoU"] == results(root, "alone")["teacher"]["mIoU"]
     with pytest.raises(UserError, match=r"student.from_teacher: encoder\S+ is \[32, .* in segformer_b0 and \[64"):
-        train(root, "wider", "distill=transkd_base", "student.from_teacher=true", "teacher=segformer_b1")
-    with pytest.raises(UserError, match=r"student.from_teacher=true, but no term reads a teacher"):
-        train(root, "alone", "distill=none", "student.from_teacher=true")
+        train(root, "wider", "distill=transkd_base", "student.from_teacher=copy", "teacher=segformer_b1")
+
+
+@pytest.mark.parametrize("how", ["solve", "select", "true"])
+def test_a_smaller_student_starts_from_its_teacher(root, b0_file, caplog, how):
+    caplog.set_level(logging.INFO)
+    smaller = ["+student.network.encoder.channels=[16,32,80,128]", "+student.network.encoder.depths=[1,1,2,1]"]
+    settings = [f"student.from_teacher={how}", f"teacher.weights={b0_file}", "student.solve.images=4", "distill=none"]
+    train(root, f"from_{how}", *settings, *smaller, "trainer.max_epochs=1")
+    start = results(root, f"from_{how}")["start"]
+    assert start["how"] == ("select" if how == "select" else "solve")
+    assert start["images"] == 4
+    assert len(start["feature_errors"]) == 4
+    assert 0 <= start["agreement"] <= 1
+    assert 0 <= start["mIoU"] <= 1
+    assert start["seconds"] > 0
+    assert "before any step (full-res)" in caplog.text
+
+
+def test_a_student_that_cannot_start_from_its_teacher_is_one_line(root, b0_file):
+    settings = ["student.from_teacher=solve", f"teacher.weights={b0_file}", "distill=none", "student.solve.images=4"]
+    with pytest.raises(UserError, match=r"cannot solve lvt .* from segformer_b0 .*expected two networks of one family"):
+        train(root, "lvt", *settings, "student=lvt")
+    with pytest.raises(UserError, match=r"student\.solve\.folder=nowhere"):
+        train(
+            root,
+            "nowhere",
+            *settings,
+            "+student.network.encoder.channels=[16,32,80,128]",
+            "student.solve.folder=nowhere",
+        )
 
 
 def test_a_teacher_of_other_classes_teaches_features(root, tmp_path, caplog):

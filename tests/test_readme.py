@@ -6,36 +6,38 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import PAGES, ROOT, blocks, shell_lines, text, write_files
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import transkd.losses
 from transkd.metrics import PROTOCOLS
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+COMMANDS = [
+    pytest.param(page, line, id=f"{page}-{i}")
+    for page in PAGES
+    for i, line in enumerate(line for line in shell_lines(text(page)) if line.startswith("python -m transkd."))
+]
+SCRIPTS = [
+    pytest.param(line, id=f"{page}-{i}")
+    for page in PAGES
+    for i, line in enumerate(line for line in shell_lines(text(page)) if line.startswith("python scripts/"))
+]
 
 
-def blocks(text, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def table(heading):
-    """First columns of the README's table that begins with this heading, without the code marks."""
-    lines = README[README.index(f"| {heading} |") :].split("\n\n")[0].splitlines()[2:]
+def table(page, heading):
+    """Rows of the table that begins with this heading, without the code marks."""
+    lines = text(page)[text(page).index(f"| {heading} |") :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.replace("`", "").strip("|").split("|")] for line in lines]
 
 
-def commands():
-    lines = [line.split("  #")[0] for block in blocks(README, "bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python -m transkd.")]
+def test_the_readme_is_short():
+    assert len(text("README").splitlines()) <= 150
 
 
 def test_the_loop_of_your_own_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks(README, "python")
+    (code,) = blocks(text("README"), "python")
     torch.manual_seed(0)
     names = {}
     exec(code, names)
@@ -47,10 +49,17 @@ def test_the_loop_of_your_own_trains(tmp_path, monkeypatch):
     bare.load_state_dict(torch.load(tmp_path / "student.pth", weights_only=True), strict=True)
 
 
-@pytest.mark.parametrize("command", commands(), ids=range(len(commands())))
-def test_every_command_composes(command):
-    module, *arguments = shlex.split(command)[2:]
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_every_command_composes(page, command, tmp_path):
+    module, *arguments = shlex.split(command, comments=True)[2:]
     assert (ROOT / "src" / Path(*module.split("."))).with_suffix(".py").is_file()
+    folders = []
+    if "--config-dir" in arguments:  # of the yaml files that the page shows
+        write_files(text(page), tmp_path)
+        at = arguments.index("--config-dir")
+        folders = [f"hydra.searchpath=[file://{tmp_path / arguments[at + 1]}]"]
+        assert (tmp_path / arguments[at + 1]).is_dir()
+        del arguments[at : at + 2]
     overrides = []
     for override in OverridesParser.create().parse_overrides([arg for arg in arguments if arg != "-m"]):
         line = override.input_line
@@ -59,55 +68,62 @@ def test_every_command_composes(command):
             line = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
         overrides.append(line)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose(module.removeprefix("transkd."), overrides=overrides)
+        config = compose(module.removeprefix("transkd."), overrides=[*folders, *overrides])
     if "channels" in config:  # filled in from the networks
         del config.channels
     assert "???" not in OmegaConf.to_yaml(config)
 
 
-def test_terms():
-    for name, class_name, *_ in table("term"):
-        config = OmegaConf.load(ROOT / "conf" / "term" / f"{name}.yaml")
-        assert config.term._target_ == f"transkd.losses.{class_name}"
-        assert class_name in transkd.losses.__all__
+@pytest.mark.parametrize("page", ["guide"])
+def test_every_yaml_is_a_file_of_its_group(page, tmp_path):
+    """What is shown without a command that uses it composes as the text says."""
+    write_files(text(page), tmp_path)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [f"hydra.searchpath=[file://{tmp_path / 'my'}]", "teacher=fpn"])
+    assert config.teacher.network._target_ == "transkd.models.Tapped"
+    assert len(config.teacher.network.features) == 4
 
 
-def test_presets():
-    for name, terms, _ in table("`distill=`"):
-        config = OmegaConf.load(ROOT / "conf" / "distill" / f"{name}.yaml")
-        assert list(config.defaults[0]["override /term"]) == [term for term in terms.split(", ") if term]
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_every_script_exists(command):
+    assert (ROOT / shlex.split(command, comments=True)[1]).is_file()
 
 
 def test_protocols():
-    assert [name for name, _ in table("`protocol=`")] == list(PROTOCOLS)
+    assert [name for name, _ in table("guide", "`protocol=`")] == list(PROTOCOLS)
+
+
+def test_experiments():
+    shown = [name for names, *_ in table("guide", "`+experiment=`") for name in names.split(", ")]
+    there = [path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")]
+    assert sorted(shown) == sorted(name for name in there if not name.endswith("_teacher"))
+    assert {name for name in shown if f"{name}_teacher" not in there} == {"acdc_lvt"}
 
 
 def test_swept_values_exist():
-    swept = [line for line in commands() if "train -m " in line]
+    lines = [line.values[1] for line in COMMANDS if "train -m " in line.values[1]]
+    swept = [found[1] for line in lines if (found := re.search(r"distill=(\S+)", line))]
     assert swept
-    for line in swept:
-        for value in re.search(r"distill=(\S+)", line)[1].split(","):
+    for values in swept:
+        for value in values.split(","):
             assert (ROOT / "conf" / "distill" / f"{value}.yaml").is_file()
 
 
-def test_the_map_names_what_exists():
-    (code_map,) = (block for block in blocks(README, "text") if "src/transkd/run.py" in block)
-    for line in code_map.splitlines():
-        assert (ROOT / line.split()[0]).exists(), line
+def anchors(page):
+    """What a link can point at behind #, as GitHub makes it of a heading."""
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", prose, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_links_lead_somewhere(text):
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / target).is_file(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", text(page)):
+        path = (PAGES[page].parent / target).resolve() if target else PAGES[page]
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
-def test_the_term_of_contributing(monkeypatch):
-    source, test = blocks(CONTRIBUTING, "python")
-    names = {}
-    exec(source, names)
-    monkeypatch.setattr(transkd.losses, "EntropyLoss", names["EntropyLoss"], raising=False)
-    (config,) = blocks(CONTRIBUTING, "yaml")
-    assert OmegaConf.create(config).term._target_ == "transkd.losses.EntropyLoss"
-    exec(test, names)
-    names["test_by_hand"]()
+def test_every_page_is_in_the_index():
+    linked = re.findall(r"\]\(docs/(\w+)\.md\)", text("README"))
+    assert {page for page, path in PAGES.items() if path.parent == ROOT / "docs"} <= set(linked)

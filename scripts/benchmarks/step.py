@@ -200,7 +200,7 @@ def add(subparsers: Any) -> None:
     parser = measure.add_command(subparsers, step)
     add_step_options(parser, several=True)
     measure.add_image_options(parser, batch=2)
-    parser.add_argument("--resolution", choices=("logits", "labels"), default="logits", help="of the cross-entropy")
+    parser.add_argument("--resolution", choices=("logits", "labels"), default="labels", help="of the cross-entropy")
     parser.add_argument("--against", nargs="*", default=[], choices=AGAINST, help="the same step in other ways")
     sweeps = parser.add_mutually_exclusive_group()
     sweeps.add_argument("--sizes", type=size_of, nargs="+", metavar="HEIGHTxWIDTH", help="a row each, for ours alone")

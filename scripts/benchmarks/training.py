@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from timm.layers.drop import DropPath
@@ -22,19 +23,20 @@ from benchmarks.forward import draw_out, drawn_out_attention, roughen
 from transkd.cli import CONF, explain
 from transkd.errors import UserError
 from transkd.layers.token_linear import TokenLinear
-from transkd.losses import Criterion
+from transkd.losses import Criterion, cross_entropy
 from transkd.models import FrozenTeacher, Network, SegformerHead, Segmenter
 from transkd.outputs import EVERYTHING, SegmentationOutput
 from transkd.settings import TrainSettings
 from transkd.training.build import build_criterion, build_optimization, build_student, build_teacher
-from transkd.training.device import Device, compile_in_place
+from transkd.training.compilation import compile_in_place
+from transkd.training.device import Device
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative
 # of compiled steps, compared as they are timed: TensorFloat-32 or bfloat16, sums in another order
 COMPILED_TOLERANCE = {torch.float32: (1e-3, 2e-2), torch.bfloat16: (1e-2, 1e-1)}
 CORNER = (256, 512)  # of at most two images, on which gradients are compared
 
-CHOICES = ("teacher-graph", "unfolded", "explicit-attention", "plain-layers")
+CHOICES = ("teacher-graph", "unfolded", "explicit-attention", "plain-layers", "plain-cross-entropy")
 AGAINST = {"drawn-out": CHOICES, **{choice: (choice,) for choice in (*CHOICES, "checkpointing")}}
 """What ``--against`` names, and the choices that it stands for."""
 
@@ -139,6 +141,12 @@ def gradient_into(output: SegmentationOutput) -> Iterator[None]:
         yield
 
 
+def plain_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor, ignore: int) -> Tensor:
+    """The cross-entropy at the labels' size as PyTorch has it: upsample all of the logits, then compare."""
+    logits = F.interpolate(logits, size=target.shape[-2:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(logits, target, weights, ignore_index=ignore)
+
+
 # The step.
 
 
@@ -150,11 +158,13 @@ class Step:
         choices: of ``CHOICES``; without any it is what ``Distiller`` does. ``teacher-graph`` neither freezes
             the teacher nor spares its head, and backward goes through it; ``unfolded`` draws out both decode heads;
             ``explicit-attention`` holds each attention matrix in memory; ``plain-layers`` computes
-            linear layers by ``F.linear`` and leaves weights as PyTorch lays them out. One more is none of a first
+            linear layers by ``F.linear`` and leaves weights as PyTorch lays them out; ``plain-cross-entropy``
+            upsamples the logits to the labels' size in one piece. One more is none of a first
             implementation: ``checkpointing`` lets the student compute its activations again in the backward pass.
         compiled: the mode of ``torch.compile`` in which networks and terms are compiled, as ``transkd.train`` does it,
             in a copy of the parts; None for none.
         dtype: bfloat16 computes the step under autocast; the weights stay as they are.
+        whole: compile each network in one piece, not in regions.
     """
 
     def __init__(
@@ -163,6 +173,7 @@ class Step:
         choices: Collection[str] = (),
         compiled: str | None = None,
         dtype: torch.dtype = torch.float32,
+        whole: bool = False,
     ) -> None:
         if compiled or {"plain-layers", "checkpointing"} & set(choices):
             parts = copy.deepcopy(parts)
@@ -180,9 +191,10 @@ class Step:
             student, teacher = Unfolded(student), teacher and Unfolded(teacher)
         self.student, self.criterion = student, parts.criterion
         if compiled:
-            compile_in_place(*filter(None, (student, teacher, *parts.criterion.terms.values())), mode=compiled)
+            modules = filter(None, (student, teacher, *parts.criterion.terms.values()))
+            compile_in_place(*modules, mode=compiled, whole=whole)
         graph = teacher is None or "teacher-graph" in choices
-        self.teacher = teacher if graph else FrozenTeacher(teacher)
+        self.teacher = teacher if graph else FrozenTeacher(teacher, cast_once=not compiled)
 
     def __call__(self, image: Tensor, target: Tensor) -> None:
         """The whole step; no gradient is left."""
@@ -198,6 +210,8 @@ class Step:
                 torch.compiler.cudagraph_mark_step_begin()
             if "plain-layers" in self.choices:
                 stack.enter_context(mock.patch.object(TokenLinear, "forward", nn.Linear.forward))
+            if "plain-cross-entropy" in self.choices:
+                stack.enter_context(mock.patch.object(cross_entropy, "upsampled_cross_entropy", plain_cross_entropy))
             if "explicit-attention" in self.choices:
                 stack.enter_context(drawn_out_attention())
             student = self.student(image)

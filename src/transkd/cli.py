@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from transkd.errors import UserError
-from transkd.settings import Settings
+from transkd.settings import ProcessSettings
 
 __all__ = ["CONF", "hydra_command"]
 
@@ -25,7 +25,7 @@ CONF = next((path for path in (PACKAGE / "conf", PACKAGE.parents[1] / "conf") if
 
 
 def hydra_command(
-    config_name: str, settings: type[Settings]
+    config_name: str, settings: type[ProcessSettings]
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make ``main(cfg)`` a command: composed by Hydra from ``conf/<config_name>.yaml``, user errors on one line.
 
@@ -51,7 +51,7 @@ def hydra_command(
 
             def job(cfg: DictConfig) -> None:
                 with mistakes_explained():  # inside the job too, where Hydra would add a line of its own
-                    settings.read(cfg)
+                    import_plugins(settings.read(cfg).plugins)
                     main(cfg)
 
             with mistakes_explained():
@@ -61,6 +61,24 @@ def hydra_command(
         return command
 
     return decorate
+
+
+def import_plugins(names: Iterable[str]) -> None:
+    """Import a user's own modules before anything is built: they enter networks and protocols in our registers.
+
+    Raises:
+        UserError: no such module; an error inside of one keeps its traceback.
+    """
+    for name in names:
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            raise UserError(
+                f"plugins=[{name}]: there is no module {error.name} to import; install it, or start the command in the "
+                "folder that holds it"
+            ) from error
 
 
 def explain(error: BaseException) -> str | None:

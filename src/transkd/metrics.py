@@ -1,5 +1,6 @@
 """Scores from the confusion matrix of a whole split, under named protocols."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -8,30 +9,51 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from transkd.layers.upsampling import upsampled_argmax
 
-__all__ = ["PROTOCOLS", "Protocol", "Scores", "SegmentationScore", "scores_from_confusion"]
+__all__ = [
+    "PROTOCOLS",
+    "Protocol",
+    "Scores",
+    "SegmentationScore",
+    "at_labels",
+    "at_logits",
+    "scores_from_confusion",
+]
 
 CHUNKS = 8
 
 
+def at_labels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Class ids and labels at the label's size [B, H, W]: logits [B, K, h, w] upsampled bilinearly."""
+    return upsampled_argmax(logits, target.shape[-2:]), target
+
+
+def at_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Class ids and labels at the logits' size [B, h, w]: the label resized by nearest neighbour."""
+    resized = F.interpolate(target[:, None].float(), size=logits.shape[-2:])[:, 0]
+    return logits.argmax(1), resized.long()
+
+
 class Protocol(NamedTuple):
-    """Evaluation protocol: the size at which predictions and labels are compared.
+    """Evaluation protocol: how predictions and labels are compared.
 
     Attributes:
         transform_labels: whether the validation transform is applied to the label (else it keeps its original size).
-        at_logits: whether the label is resized to the logits (else logits are upsampled to the label).
+        compare: ``compare(logits, target)`` of one batch, logits [B, K, h, w] and labels [B, H, W], returns class ids
+            and labels of one shape; labels of 255 are ignored.
         description: text for tables and ``results.json``.
     """
 
     transform_labels: bool
-    at_logits: bool
+    compare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     description: str
 
 
 PROTOCOLS = {
-    "full-res": Protocol(False, False, "logits upsampled to the label's own size"),
-    "input-res": Protocol(True, False, "label resized to the network's input, logits upsampled to it"),
-    "transkd-paper": Protocol(True, True, "label resized by nearest neighbour to the logits (stride 4)"),
+    "full-res": Protocol(False, at_labels, "logits upsampled to the label's own size"),
+    "input-res": Protocol(True, at_labels, "label resized to the network's input, logits upsampled to it"),
+    "transkd-paper": Protocol(True, at_logits, "label resized by nearest neighbour to the logits (stride 4)"),
 }
+"""Protocols by the name that every score carries; a module named in ``plugins=[…]`` can add its own."""
 
 
 class Scores(NamedTuple):
@@ -78,11 +100,7 @@ class SegmentationScore(MulticlassConfusionMatrix):
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add logits [B, K, h, w] against labels [B, H, W]."""
-        if PROTOCOLS[self.protocol].at_logits:
-            target = F.interpolate(target[:, None].float(), size=logits.shape[-2:])[:, 0].long()
-            predicted = logits.argmax(1)
-        else:
-            predicted = upsampled_argmax(logits, target.shape[-2:])
+        predicted, target = PROTOCOLS[self.protocol].compare(logits, target)
         # update in chunks: the base class makes several int64 copies of its input
         for classes, labels in zip(predicted.flatten().chunk(CHUNKS), target.flatten().chunk(CHUNKS), strict=True):
             super().update(classes, labels)

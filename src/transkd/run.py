@@ -18,10 +18,11 @@ from transkd.models import FrozenTeacher, Network, add_lora, inherit, merge_lora
 from transkd.models.inherit.copying import take_normalisation
 from transkd.models.storage.lineage import as_teacher, merge_lineage
 from transkd.report import describe_scores, log_sizes, report_run
-from transkd.settings import TrainSettings
+from transkd.settings import LoraSettings, TrainSettings
 from transkd.training import build, teaching
 from transkd.training.build import Parts
 from transkd.training.calibration import calibration_images
+from transkd.training.compilation import keep_compiled_code
 from transkd.training.device import Device
 from transkd.training.distiller import Distiller
 from transkd.training.fitting import find_checkpoint, fit
@@ -41,7 +42,11 @@ def run(cfg: DictConfig) -> None:
     check_arguments(cfg)
     ckpt_path = find_checkpoint(settings.ckpt_path, settings.name)
     prepare_process(settings.keep_freed_memory)
-    device = Device.choose(settings.trainer.accelerator, settings.compile, settings.channels_last)
+    device = Device.choose(
+        settings.trainer.accelerator, settings.compile, settings.channels_last, settings.compile_regions
+    )
+    if settings.compile:
+        keep_compiled_code(Path(settings.run_dir).parent / "compiled")
     device.check()
     L.seed_everything(settings.seed, verbose=False)
 
@@ -59,9 +64,7 @@ def run(cfg: DictConfig) -> None:
             frozen = freeze_teacher(settings, parts, device)
         student.lineage = merge_lineage(student.lineage, as_teacher(teacher.lineage))
     weigh(student, frozen, criterion, data)
-    lora = settings.student.lora
-    if lora.rank is not None:
-        add_lora(student, lora.rank, lora.train, lora.keep_drop_path)
+    adapt(student, settings.student.lora)
 
     looks_back = bool(settings.gradients_every or criterion.shares)
     device.compile(student, teacher, *criterion.terms.values(), keep_graph=looks_back)
@@ -93,6 +96,12 @@ def run(cfg: DictConfig) -> None:
         log.info("the deployable student is %s", deployed)
 
 
+def adapt(student: Network, lora: LoraSettings) -> None:
+    """Add low-rank terms to the student where that was asked for."""
+    if lora.rank is not None:
+        add_lora(student, lora.rank, lora.train, lora.keep_drop_path)
+
+
 def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Parts:
     """Build data, networks and terms, and refuse what can be told to fail before anything long."""
     data: SegmentationDataModule = instantiate(cfg.data)
@@ -106,7 +115,8 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
     data.dataset("train"), data.dataset("val")  # a mistake in the data shows here
     log_sizes(student, criterion, settings.student.lora)
     check_schedules(criterion, data, settings.trainer.max_epochs, settings.trainer.accumulate_grad_batches)
-    return Parts(data, student, teacher, criterion)
+    used = criterion.ever_needs or settings.student.from_teacher  # else all weights of its terms are 0
+    return Parts(data, student, teacher if used else None, criterion)
 
 
 def start_student(

@@ -171,6 +171,7 @@ class ProcessSettings(Settings):
 
     keep_freed_memory: bool = True
     license_policy: Literal["any", "commercial"] = "any"
+    plugins: list[str] = []
 
 
 class TrainSettings(ProcessSettings):
@@ -183,6 +184,7 @@ class TrainSettings(ProcessSettings):
     ckpt_path: Text | None = None
     gradients_every: Count = 0
     compile: bool | str = False
+    compile_regions: bool = False
     channels_last: bool | Literal["auto"] = "auto"
     pictures: Count = 4
     data: DataSettings

@@ -1,5 +1,7 @@
 """Against the plain way: interpolate all of the logits, then PyTorch's cross-entropy."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from memory import peak_memory
 from transkd.layers.upsampled_cross_entropy import upsampled_cross_entropy
 
 CLASSES = 5
+module = sys.modules[upsampled_cross_entropy.__module__]  # the package's attribute of that name is the function
 SIZES = [
     ((6, 8), (24, 32)),  # a whole scale, as from a network of stride 4
     ((12, 15), (47, 59)),  # an odd image
@@ -26,6 +29,16 @@ def plain(logits, target, weights):
     size = target.shape[-2:]
     upsampled = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
     return F.cross_entropy(upsampled, target.masked_fill(target < 0, 255), weights, ignore_index=255)
+
+
+@pytest.fixture(params=["bands of a CPU", "of a GPU", "of a GPU, many"])
+def way(request, monkeypatch):
+    """Of computing it, each of them here."""
+    if request.param != "bands of a CPU":
+        monkeypatch.setattr(module, "products_pay", lambda maps: True)
+    if request.param == "of a GPU, many":
+        monkeypatch.setattr(module, "AT_ONCE_ON_GPU", 3000)
+    return request.param
 
 
 def drawn(batch, small, large, dtype=torch.float64):
@@ -47,7 +60,7 @@ def value_and_gradient(compute, logits, *arguments):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize(("small", "large"), SIZES)
-def test_value_and_gradient(small, large, batch, weighted):
+def test_value_and_gradient(way, small, large, batch, weighted):
     logits, target = drawn(batch, small, large)
     weights = torch.tensor([1.0, 2.0, 0.5, 4.0, 0.0] if weighted else [1.0] * CLASSES, dtype=torch.float64)
     value, gradient = value_and_gradient(upsampled_cross_entropy, logits, target, weights, 255)
@@ -57,7 +70,7 @@ def test_value_and_gradient(small, large, batch, weighted):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_in_single_precision(layout):
+def test_in_single_precision(way, layout):
     logits, target = drawn(2, (45, 60), (180, 240), torch.float32)
     weights = torch.ones(CLASSES)
     logits = logits.detach().to(memory_format=layout).requires_grad_()
@@ -66,7 +79,7 @@ def test_in_single_precision(layout):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9, check_dtype=False)
 
 
-def test_scores_far_apart():
+def test_scores_far_apart(way):
     logits, target = drawn(1, (6, 8), (24, 32), torch.float32)
     logits = (1e4 * logits.detach()).requires_grad_()
     value, gradient = value_and_gradient(upsampled_cross_entropy, logits, target, torch.ones(CLASSES), 255)
@@ -74,21 +87,21 @@ def test_scores_far_apart():
     assert gradient.isfinite().all()
 
 
-def test_the_logits_stay_as_they_are():
+def test_the_logits_stay_as_they_are(way):
     logits, target = drawn(1, (9, 11), (9, 22))
     before = logits.detach().clone()
     upsampled_cross_entropy(logits, target, torch.ones(CLASSES, dtype=torch.float64), 255).backward()
     assert torch.equal(logits, before)
 
 
-def test_a_label_that_is_no_class_is_refused():
+def test_a_label_that_is_no_class_is_refused(way):
     logits, target = drawn(1, (6, 8), (24, 32))
     target[0, 3, 3] = CLASSES
     with pytest.raises(IndexError):
         upsampled_cross_entropy(logits, target, torch.ones(CLASSES, dtype=torch.float64), 255)
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives_are_refused(way):
     logits, target = drawn(1, (6, 8), (24, 32))
     value = upsampled_cross_entropy(logits, target, torch.ones(CLASSES, dtype=torch.float64), 255)
     (gradient,) = torch.autograd.grad(value.square(), logits, create_graph=True)
@@ -97,7 +110,7 @@ def test_second_derivatives_are_refused():
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_value_alone(context):
+def test_value_alone(way, context):
     logits, target = drawn(2, (6, 8), (24, 32))
     weights = torch.ones(CLASSES, dtype=torch.float64)
     expected = upsampled_cross_entropy(logits, target, weights, 255)
@@ -108,8 +121,8 @@ def test_value_alone(context):
 
 
 @pytest.mark.slow
-def test_compiles_as_one_graph_for_varying_sizes(monkeypatch):
-    monkeypatch.setattr("transkd.layers.upsampled_cross_entropy.BANDS", 2)  # more of the same only takes longer
+def test_compiles_as_one_graph_for_varying_sizes(way, monkeypatch):
+    monkeypatch.setattr(module, "BANDS", 2)  # more of the same only takes longer
     torch._dynamo.reset()
     compute = torch.compile(upsampled_cross_entropy, backend="aot_eager", fullgraph=True)
     weights = torch.ones(CLASSES, dtype=torch.float64)
@@ -129,3 +142,29 @@ def test_memory():
     with Largest() as seen:
         step(upsampled_cross_entropy, 255)
     assert seen.numel < CLASSES * target.numel() / 4
+
+
+def test_without_a_valid_label(way):
+    logits, target = drawn(2, (6, 8), (24, 32))
+    value, gradient = value_and_gradient(
+        upsampled_cross_entropy, logits, torch.full_like(target, 255), torch.ones(CLASSES, dtype=torch.float64), 255
+    )
+    assert value == 0
+    assert not gradient.any()
+
+
+def test_autocast_changes_nothing(way):
+    logits, target = drawn(2, (6, 8), (24, 32), torch.float32)
+    expected = value_and_gradient(upsampled_cross_entropy, logits, target, torch.ones(CLASSES), 255)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = value_and_gradient(upsampled_cross_entropy, logits, target, torch.ones(CLASSES), 255)
+    assert all(map(torch.equal, got, expected))
+
+
+def test_bands_of_a_gpu_are_few_and_bounded(monkeypatch):
+    monkeypatch.setattr(module, "products_pay", lambda maps: True)
+    for batch, size, bands in ((8, (512, 1024), 1), (8, (1024, 2048), 4), (2, (512, 1024), 1)):
+        logits = torch.empty(batch, 19, size[0] // 4, size[1] // 4, device="meta")
+        assert len(list(module._bands(logits, torch.Size(size)))) == bands
+    logits = torch.empty(1, 19, 2, 2**26, device="meta")  # a row is too much already
+    assert len(list(module._bands(logits, torch.Size((8, 2**26))))) == 8

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from memory import peak_memory
 
 from transkd.layers import upsampling
-from transkd.layers.upsampling import add_upsampled, upsampled, upsampled_argmax
+from transkd.layers.upsampling import add_upsampled, resize_gradient, resize_matrix, upsampled, upsampled_argmax
 
 
 def plain(logits, size):
@@ -76,3 +76,54 @@ def test_without_a_gradient_a_sum_takes_the_memory_of_a_part(monkeypatch):
     total, maps = torch.rand(1, 256, 64, 128), torch.rand(1, 256, 32, 64)
     monkeypatch.setattr(upsampling, "AT_ONCE", total.numel() // 8)
     assert peak_memory(lambda: add_upsampled(total, maps)) <= total.nbytes / 4
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        ((6, 8), (24, 32)),
+        ((12, 15), (47, 59)),
+        ((19, 21), (7, 10)),
+        ((5, 7), (33, 3)),
+        ((1, 1), (4, 5)),
+        ((3, 4), (3, 4)),
+    ],
+)
+def test_the_gradient_as_products(monkeypatch, small, large, channels_last):
+    """As a GPU computes it, against PyTorch's in float64."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    maps = torch.randn(2, 5, *small, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 5, *large, dtype=torch.float64).to(memory_format=layout)
+    grown = F.interpolate(maps, size=large, mode="bilinear", align_corners=False)
+    (expected,) = torch.autograd.grad(grown, maps, upstream)
+    found = resize_gradient(upstream, small)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=layout) or found.is_contiguous()
+    monkeypatch.setattr(upsampling, "products_pay", lambda maps: True)
+    (through,) = torch.autograd.grad(upsampled(maps, large), maps, upstream)
+    assert torch.equal(through, found)
+
+
+def test_the_gradient_as_products_has_a_gradient(monkeypatch):
+    monkeypatch.setattr(upsampling, "products_pay", lambda maps: True)
+    maps = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda maps: upsampled(maps, (7, 9)), maps)
+    assert torch.autograd.gradgradcheck(lambda maps: upsampled(maps, (7, 9)), maps)
+
+
+def test_a_matrix_resizes_as_interpolate_does():
+    for small, large in ((3, 11), (11, 3), (5, 20), (1, 4), (7, 7)):
+        row = torch.randn(small, dtype=torch.float64)
+        expected = F.interpolate(row[None, None], size=large, mode="linear", align_corners=False)[0, 0]
+        matrix = resize_matrix(small, large, row)
+        torch.testing.assert_close(matrix @ row, expected)
+        assert matrix is resize_matrix(small, large, row)
+        torch.testing.assert_close(resize_matrix(small, large, row.bfloat16()).double(), matrix, rtol=2**-8, atol=0)
+
+
+def test_autocast_leaves_the_products_as_precise_as_the_gradient(monkeypatch):
+    upstream = torch.randn(2, 5, 24, 33)
+    expected = resize_gradient(upstream, (6, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resize_gradient(upstream, (6, 8)), expected)

@@ -6,14 +6,18 @@ import torchvision
 
 from transkd.errors import UserError
 from transkd.models import (
+    ENCODERS,
     HEADS,
     SEGMENTERS,
     DeepLabV3PlusHead,
     MixTransformer,
+    Recipe,
     SegformerHead,
     SemanticFPNHead,
     TimmEncoder,
     create_segmenter,
+    load_segmenter,
+    save_segmenter,
 )
 from transkd.models.encoders.lvt import LiteVisionTransformer
 from transkd.models.storage.lineage import CODE, RANDOM
@@ -240,3 +244,42 @@ def test_an_argument_that_the_encoder_does_not_take(name, args):
 def test_pretrained_is_no_argument_of_mit():
     with pytest.raises(UserError, match="weights=PATH"):
         create_segmenter("segformer_b0", 5, encoder={"pretrained": True})
+
+
+class Two(torch.nn.Module):
+    """The smallest encoder there can be."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.channels = (width,) * 4
+        self.embed = torch.nn.Conv2d(3, width, 4, stride=4)
+
+    def forward_stages(self, image):
+        return (self.embed(image),) * 4, ()
+
+
+def test_an_encoder_of_ones_own_is_built_and_loaded_by_its_name(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r"plugins=\[MODULE\]"):
+        create_segmenter("two", 5)
+    monkeypatch.setitem(ENCODERS, "two", Two)
+    network = create_segmenter("two", 5, width=8, encoder={"width": 6})
+    assert network.channels == (6,) * 4
+    save_segmenter(network, tmp_path / "two.safetensors")
+    loaded, _ = load_segmenter(tmp_path / "two.safetensors")
+    assert isinstance(loaded.encoder, Two)
+    assert loaded.recipe == network.recipe
+    with pytest.raises(UserError, match="two does not take the arguments"):
+        create_segmenter("two", 5, encoder={"depth": 6})
+
+
+def test_an_encoder_of_ones_own_comes_before_timms(monkeypatch):
+    monkeypatch.setitem(ENCODERS, "resnet18", Two)
+    assert isinstance(create_segmenter("resnet18", 5).encoder, Two)
+
+
+def test_a_pair_of_ones_own(monkeypatch):
+    monkeypatch.setitem(ENCODERS, "two", Two)
+    monkeypatch.setitem(SEGMENTERS, "two_fpn", Recipe("two", "fpn", 8, {"width": 6}))
+    network = create_segmenter("two_fpn", 5)
+    assert isinstance(network.head, SemanticFPNHead)
+    assert network.recipe == {"name": "two_fpn", "num_classes": 5}

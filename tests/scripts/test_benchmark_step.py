@@ -95,7 +95,7 @@ def test_report_and_json(tmp_path, capsys):
     file = tmp_path / "step.json"
     run("--against", "drawn-out", "--profile", "--optimizer", "--dtype", "bf16", "--json", file)
     report = capsys.readouterr().out
-    assert "2×3×32×64, cross-entropy at logits, AdamW, bf16, 1 rounds" in report
+    assert "2×3×32×64, cross-entropy at labels, AdamW, bf16, 1 rounds" in report
     assert "| part of ours" in report
     found = json.loads(file.read_text(encoding="utf-8"))
     assert set(found) == KEYS | {"operators", "parts"}
@@ -112,7 +112,7 @@ def test_report_and_json(tmp_path, capsys):
 
 
 def test_several_presets_and_compiled(monkeypatch, capsys):
-    monkeypatch.setattr(torch, "compile", lambda function, mode: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     run("--distill", "none", "kd", "--compile")
     lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
     assert lines[2:] == ["none: ours", "none: ours, compiled", "kd: ours", "kd: ours, compiled"]

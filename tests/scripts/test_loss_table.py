@@ -20,8 +20,8 @@ def loss_table(monkeypatch):
 def test_the_page_is_up_to_date():
     """Its table, sections and pictures are those of the terms that there are; else run scripts/loss_table.py."""
     page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| \[`(\w+)`\]", page, re.M) == TERMS
-    assert re.findall(r"^## (\w+)$", page, re.M) == TERMS
+    assert re.findall(r"^\| \[`(\w+)`\]\(#", page, re.M) == TERMS
+    assert re.findall(r"^### (\w+)$", page, re.M) == TERMS
     assert sorted(path.stem for path in (ROOT / "docs" / "losses").glob("*.svg")) == TERMS
 
 
@@ -38,6 +38,11 @@ def test_the_page_is_up_to_date():
 def test_what_a_term_reads(loss_table, name, student, teacher, labels):
     found = loss_table.reads(loss_table.build(ROOT / "conf" / "term" / f"{name}.yaml", (64, 96)))
     assert (loss_table.summarise(found[0]), loss_table.summarise(found[1]), found[2]) == (student, teacher, labels)
+
+
+def test_the_presets_are_up_to_date(loss_table):
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    assert loss_table.presets() in page, "run python scripts/loss_table.py --no-cost"
 
 
 def test_costs_survive_without_measuring(loss_table):

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from transkd.models import (
     load_segmenter,
 )
 from transkd.run import run
-from transkd.training.device import Device, check_compiler, compile_in_place
+from transkd.training.compilation import check_compiler, compile_in_place, regions
+from transkd.training.device import Device
 from transkd.training.distiller import Distiller
 
 WIDTHS = {"student": (8, 16, 24, 32), "teacher": (16, 16, 24, 32)}
@@ -73,7 +75,11 @@ def batch(seed=0):
 def eager_backend(monkeypatch):
     """Compile without generating code; a graph break is an error."""
     plain = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module, mode: plain(module, backend="eager", fullgraph=True))
+
+    def compile_without_code(module, mode, dynamic):
+        plain(module, backend="eager", fullgraph=True, dynamic=dynamic)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_without_code)
     yield
     torch.compiler.reset()
 
@@ -134,6 +140,43 @@ def test_no_graph_break_and_no_compiling_after_the_first_step(tmp_path, eager_ba
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("segformer_b2", {"Block": 16, "OverlapPatchEmbedding": 4, "LayerNorm": 4, "SegformerHead": 1}),
+        ("segformer_b0 LoRA", {"Block": 8, "OverlapPatchEmbedding": 4, "LayerNorm": 4, "SegformerHead": 1}),
+        ("lvt", {"Block": 8, "OverlapPatchEmbedding": 4, "SegformerHead": 1}),
+        ("deeplabv3plus_resnet101", {"Bottleneck": 33, "ASPPConv": 3}),
+        ("convnext_atto", {"ConvNeXtBlock": 12}),
+    ],
+)
+def test_regions_are_blocks_and_what_lies_between(name, expected):
+    built = create_segmenter(name.split()[0], 19)
+    if "LoRA" in name:
+        add_lora(built, rank=4)
+    found = regions(built)
+    assert expected.items() <= Counter(type(part).__name__ for part in found).items()
+    parts = [id(p) for part in found for p in part.parameters()]
+    assert sorted(parts) == sorted(id(p) for p in built.parameters())  # each once
+    built.checkpoint_activations()
+    assert regions(built) == [built]
+
+
+@pytest.mark.slow
+def test_blocks_of_a_stage_share_their_code(eager_backend):
+    """In training with unlike rates of stochastic depth but for the first, which is 0, and all in the teacher."""
+    encoder = MixTransformer((8, 16), depths=(3, 2), heads=(1, 2), reductions=(2, 1), drop_path_rate=0.3, num_classes=0)
+    ours = Segmenter(encoder, SegformerHead((8, 16), 16, 19), 19)
+    theirs = FrozenTeacher(copy.deepcopy(ours))
+    image, target = batch()
+    counters.clear()
+    compile_in_place(ours, theirs.network)
+    for _ in range(2):
+        TaskCrossEntropy()(ours(image), None, target).backward()
+        theirs(image, {"features"})
+    assert counters["stats"]["unique_graphs"] == (3 + 2 + 2 + 1) + (2 + 2 + 2)  # blocks, embeddings, norms, head
+
+
 @pytest.mark.slow
 def test_names_and_copies_stay_plain(eager_backend):
     compiled, plain = network(), network()
@@ -147,7 +190,8 @@ def test_names_and_copies_stay_plain(eager_backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lvt", "pvt_v2_b0", "deeplabv3plus_resnet101", "convnext_atto", "segformer_b0 LoRA"])
-def test_every_kind_of_network_compiles_whole(eager_backend, name):
+@pytest.mark.parametrize("whole", [True, False])
+def test_every_kind_of_network_compiles(eager_backend, name, whole):
     name, adapted = name.split()[0], "LoRA" in name
     built = create_segmenter(name, 19)
     if adapted:
@@ -163,10 +207,11 @@ def test_every_kind_of_network_compiles_whole(eager_backend, name):
 
     expected = outcome()
     counters.clear()
-    compile_in_place(ours)
+    compile_in_place(ours, whole=whole)
     torch.testing.assert_close(outcome(), expected, rtol=1e-4, atol=1e-5)
+    graphs = counters["stats"]["unique_graphs"]
     outcome()
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == graphs == (1 if whole else graphs)
 
 
 @pytest.mark.slow
@@ -206,7 +251,9 @@ def test_an_unknown_mode_stops_the_run_at_once(tmp_path):
 @pytest.mark.slow
 def test_a_machine_that_has_no_compiler(tmp_path):
     """In a process of its own, where no compiler was looked for yet."""
-    program = "import torch; from transkd.training.device import check_compiler; check_compiler(torch.device('cpu'))"
+    program = (
+        "import torch; from transkd.training.compilation import check_compiler; check_compiler(torch.device('cpu'))"
+    )
     missing = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": ""}
     environment = {"PYTHONPATH": ":".join(sys.path), **missing}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)

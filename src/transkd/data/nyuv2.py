@@ -110,15 +110,13 @@ def _import_for_mat(module: str) -> Any:
 
 def _labeled_data(file: Any, path: Path) -> tuple[Any, Any]:
     """Return the data sets of images [N, 3, W, H] and labels [N, W, H]; MATLAB's dimensions are reversed."""
-    images, labels = file.get("images"), file.get("labels")
-    shapes = [list(part.shape) if hasattr(part, "shape") else "missing" for part in (images, labels)]
-    fits = "missing" not in shapes and len(shapes[0]) == 4 and shapes[0][1] == 3
-    if not fits or shapes[0][:1] + shapes[0][2:] != shapes[1]:
+    images, labels = (list(getattr(file.get(name), "shape", ())) for name in ("images", "labels"))
+    if len(images) != 4 or images[1] != 3 or [images[0], *images[2:]] != labels:
         raise UserError(
             f"{path} is not the labelled data set of NYUv2: expected images [N, 3, W, H] and labels [N, W, H], got "
-            f"images {shapes[0]}, labels {shapes[1]}"
+            f"images {images or 'missing'}, labels {labels or 'missing'}"
         )
-    return images, labels
+    return file["images"], file["labels"]
 
 
 def _read_mat(scipy_io: Any, path: Path, names: Any) -> dict[str, Array]:

@@ -1,5 +1,6 @@
-"""Maps and class ids at another size, the latter without logits of that size."""
+"""Bilinear upsampling, its one home: of maps, with the quickest gradient for their device, and of class ids."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,20 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["add_upsampled", "upsampled", "upsampled_argmax"]
+__all__ = ["add_upsampled", "products_pay", "resize_gradient", "resize_matrix", "upsampled", "upsampled_argmax"]
 
-# numbers at once; blocks of twice that size go back to the system and come cleared, which takes longer than the work
+# Numbers at once on a CPU: larger blocks return to the OS and are zeroed again, which takes longer than the work.
 AT_ONCE = 2**22
 
 
-def upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps [B, C, h, w] brought to a size (H, W) bilinearly (align_corners=False).
+def products_pay(maps: Tensor) -> bool:
+    """Whether the gradient of bilinear upsampling is quicker as matrix products than as PyTorch computes it.
 
-    ``F.interpolate``, also under ``torch.compile``, whose own code for its gradient adds up pixel by pixel and takes
-    several times as long on a GPU.
+    On a GPU PyTorch adds the gradient up pixel by pixel with atomic operations (docs/performance.md).
     """
-    if torch.compiler.is_dynamo_compiling() and maps.requires_grad:
-        result: Tensor = _Upsampled.apply(maps, size)
+    return maps.device.type == "cuda"
+
+
+def upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps [B, C, h, w] brought to a size (H, W) bilinearly: ``F.interpolate`` with align_corners=False.
+
+    On a GPU the gradient is two matrix products (``resize_gradient``). Elsewhere it is PyTorch's own, under
+    ``torch.compile`` too, whose code for it adds up pixel by pixel.
+
+    Example:
+        >>> upsampled(torch.tensor([[[[0.0, 4.0]]]]), (1, 4))
+        tensor([[[[0., 1., 3., 4.]]]])
+    """
+    if maps.requires_grad and torch.is_grad_enabled() and (products_pay(maps) or torch.compiler.is_dynamo_compiling()):
+        result: Tensor = _Upsampled.apply(maps, tuple(size))
         return result
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
@@ -37,8 +50,8 @@ def add_upsampled(total: Tensor, maps: Tensor) -> None:
         tensor([[[[1., 2., 4., 5.]]]])
     """
     size = total.shape[-2:]
-    learns = torch.is_grad_enabled() and (total.requires_grad or maps.requires_grad)
-    if learns or total.device.type != "cpu" or torch.compiler.is_compiling():
+    requires_grad = torch.is_grad_enabled() and (total.requires_grad or maps.requires_grad)
+    if requires_grad or total.device.type != "cpu" or torch.compiler.is_compiling():
         total += upsampled(maps, size)
         return
     channels = max(32, AT_ONCE // max(1, total[:, 0].numel()))
@@ -54,8 +67,65 @@ class _Upsampled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if products_pay(gradient):
+            return resize_gradient(gradient, ctx.shape[-2:]), None
         grown = torch.ops.aten.upsample_bilinear2d_backward(gradient, ctx.size, ctx.shape, False, None, None)
         return grown, None
+
+
+def resize_gradient(gradient: Tensor, size: Sequence[int]) -> Tensor:
+    """The gradient [B, C, h, w] of maps of a size (h, w) from that of the upsampled maps, [B, C, H, W].
+
+    Bilinear upsampling is ``R X Cᵀ`` with constant matrices R [H, h] of rows and C [W, w] of columns, so its gradient
+    is ``Rᵀ G C``. The products keep the layout of G in memory, channels-last or not, and its type.
+
+    Example:
+        >>> resize_gradient(torch.ones(1, 1, 1, 4), (1, 2))
+        tensor([[[[2., 2.]]]])
+    """
+    batch, channels, height, width = gradient.shape
+    with torch.autocast(gradient.device.type, enabled=False):
+        rows = resize_matrix(size[0], height, gradient).T
+        columns = resize_matrix(size[1], width, gradient)
+        if gradient.is_contiguous(memory_format=torch.channels_last) and not gradient.is_contiguous():
+            maps = gradient.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
+            maps = rows.expand(batch, -1, -1).bmm(maps).view(batch * size[0], width, channels)
+            maps = columns.T.expand(len(maps), -1, -1).bmm(maps)
+            return maps.view(batch, size[0], size[1], channels).permute(0, 3, 1, 2)
+        maps = (gradient.reshape(-1, width) @ columns).view(batch * channels, height, size[1])
+        return rows.expand(len(maps), -1, -1).bmm(maps).view(batch, channels, *size)
+
+
+def resize_matrix(small: int, large: int, like: Tensor) -> Tensor:
+    """The matrix [large, small] that brings a row of ``small`` numbers to ``large`` linearly, align_corners=False.
+
+    Each row has at most two numbers that are not 0, with the sum 1. In eager code a matrix is made once for a device
+    and a type, those of ``like``.
+
+    Example:
+        >>> resize_matrix(2, 4, torch.zeros(()))
+        tensor([[1.0000, 0.0000],
+                [0.7500, 0.2500],
+                [0.2500, 0.7500],
+                [0.0000, 1.0000]])
+    """
+    if torch.compiler.is_compiling():  # a part of the graph, computed there
+        return _resize_matrix(small, large, like.device, like.dtype)
+    return _kept_resize_matrix(small, large, like.device, like.dtype)
+
+
+def _resize_matrix(small: int, large: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Position y + ½ of the large grid is (y + ½) · small / large of the small one; F.interpolate has the same rounding.
+    exact = torch.promote_types(dtype, torch.float32)
+    centre = (torch.arange(large, device=device, dtype=exact) + 0.5) * (small / large) - 0.5
+    centre = centre.clamp(0, small - 1)[:, None]
+    return (1 - (centre - torch.arange(small, device=device, dtype=exact)).abs()).clamp_min(0).to(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_resize_matrix(small: int, large: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return _resize_matrix(small, large, device, dtype)
 
 
 @torch.no_grad()
@@ -84,8 +154,7 @@ def upsampled_argmax(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _upsampled(logits: Tensor, k: int, size: Sequence[int]) -> Tensor:
-    scores = logits[:, k : k + 1].float()
-    return F.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+    return upsampled(logits[:, k : k + 1].float(), size)[:, 0]
 
 
 def _overtaken(best: Tensor, scores: Tensor, winner: Tensor, k: int) -> Tensor:

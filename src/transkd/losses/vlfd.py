@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from transkd.errors import UserError
 from transkd.files import read_tensor_file, tensors_in
+from transkd.layers.upsampling import upsampled
 from transkd.losses.shared.checks import check_choice, check_share, check_stage, paired_channels, stage_pairs
 from transkd.losses.shared.distances import widen
 from transkd.losses.shared.grids import on_grid
@@ -254,7 +255,7 @@ class AttentionPool(nn.Module):
         embedding = self.positional_embedding.to(maps.dtype)
         side = round((len(embedding) - 1) ** 0.5)
         square = embedding[1:].T.reshape(1, -1, side, side)
-        resized = F.interpolate(square, size=maps.shape[-2:], mode="bilinear", align_corners=False)
+        resized = upsampled(square, maps.shape[-2:])
         return torch.cat((embedding[:1], resized[0].flatten(1).T))
 
 

@@ -1,10 +1,10 @@
 """Networks: encoders, heads, the Segmenter, the frozen teacher, loading and saving of weights."""
 
-from transkd.models.catalog import SEGMENTERS
+from transkd.models.catalog import SEGMENTERS, Recipe
 from transkd.models.encoders.lvt import LiteVisionTransformer
 from transkd.models.encoders.mit import MixTransformer
 from transkd.models.encoders.timm_encoder import TimmEncoder
-from transkd.models.factory import HEADS, create_segmenter, load_segmenter
+from transkd.models.factory import ENCODERS, HEADS, create_segmenter, load_segmenter
 from transkd.models.heads.deeplab import DeepLabV3PlusHead
 from transkd.models.heads.fpn import SemanticFPNHead
 from transkd.models.heads.segformer import SegformerHead
@@ -18,6 +18,7 @@ from transkd.models.tapped import Tapped
 from transkd.models.teacher import FrozenTeacher
 
 __all__ = [
+    "ENCODERS",
     "HEADS",
     "SEGMENTERS",
     "DeepLabV3PlusHead",
@@ -26,6 +27,7 @@ __all__ = [
     "LiteVisionTransformer",
     "MixTransformer",
     "Network",
+    "Recipe",
     "SegformerHead",
     "Segmenter",
     "SemanticFPNHead",

@@ -1,4 +1,4 @@
-"""Catalogue of named networks: encoder and head of each."""
+"""The networks with a name of their own: which encoder, which head."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,12 +7,12 @@ __all__ = ["SEGMENTERS", "Recipe"]
 
 
 class Recipe(NamedTuple):
-    """Encoder, head and head width of a named network."""
+    """What a named network is made of."""
 
     encoder: str
     head: str
     width: int
-    args: Mapping[str, Any] = {}  # arguments of the encoder
+    args: Mapping[str, Any] = {}  # for the encoder
 
 
 SEGMENTERS: dict[str, Recipe] = {
@@ -31,4 +31,4 @@ SEGMENTERS: dict[str, Recipe] = {
     "pvt_v2_b5": Recipe("pvt_v2_b5", "fpn", 256),
     "deeplabv3plus_resnet101": Recipe("resnet101", "deeplabv3plus", 256, {"output_stride": 16}),
 }
-"""Named networks; any other name is looked up among timm's models."""
+"""Named networks; any other name is that of an encoder, which gets the SegFormer head."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,17 @@ from transkd.models.storage.lineage import CODE, RANDOM
 from transkd.models.storage.loading import load_weights
 from transkd.models.storage.sources import Weights, read_weights
 
-__all__ = ["HEADS", "create_segmenter", "load_segmenter"]
+__all__ = ["ENCODERS", "HEADS", "create_segmenter", "load_segmenter"]
 
+
+ENCODERS: dict[str, Callable[..., nn.Module]] = {
+    **{name: partial(timm.create_model, name, num_classes=0) for name in VARIANTS},
+    "lvt": LiteVisionTransformer,
+}
+"""Encoders by name, each built from keyword arguments; has ``channels`` and ``forward_stages`` (see ``Segmenter``).
+
+Any other name is taken for a timm network with four stages (``TimmEncoder``).
+"""
 
 HEADS: dict[str, Callable[[Sequence[int], int, int], nn.Module]] = {
     "segformer": SegformerHead,
@@ -47,11 +57,11 @@ def create_segmenter(
     """Build a segmentation network by name.
 
     Args:
-        name: one of ``SEGMENTERS`` (``segformer_b0`` …, ``lvt``, ``pvt_v2_b2`` …, ``deeplabv3plus_resnet101``), or
-            any timm network with four stages (``convnext_tiny``).
+        name: one of ``SEGMENTERS`` (``segformer_b0`` …, ``lvt``, ``pvt_v2_b2`` …, ``deeplabv3plus_resnet101``), one
+            of ``ENCODERS`` (``mit_b0`` …), or any timm network with four stages (``convnext_tiny``).
         num_classes: number of classes K.
         weights: where to start from, see ``transkd.models.load_weights``; None starts from random weights.
-        head: one of ``HEADS``; the named networks have their own, others take ``segformer``.
+        head: one of ``HEADS``; those in ``SEGMENTERS`` have their own, others take ``segformer``.
         width: channels inside the head; the head's usual number where not given.
         encoder: arguments for the encoder (``drop_path_rate``, ``output_stride``, …).
         mean: subtracted from RGB in [0, 1]. A trained network's weights bring their own; where not given, the
@@ -71,12 +81,7 @@ def create_segmenter(
         >>> create_segmenter("resnet18", num_classes=5, head="fpn", width=128).channels
         (64, 128, 256, 512)
     """
-    if name not in SEGMENTERS and not timm.is_model(name):
-        near = get_close_matches(name, sorted({*SEGMENTERS, *timm.list_models()}), n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise UserError(
-            f"unknown network {name!r}{hint}. There are {', '.join(SEGMENTERS)}, and every name of timm.list_models()"
-        )
+    _check_name(name)
     recipe = SEGMENTERS.get(name) or Recipe(name, "segformer", 256)
     head = head or recipe.head
     if head not in HEADS:
@@ -85,18 +90,10 @@ def create_segmenter(
     decoder = HEADS[head](built.channels, width or recipe.width, num_classes)
     network = Segmenter(built, decoder, num_classes, mean, std, scale)
     network.name = name
-    usual: dict[str, Any] = {
-        "head": recipe.head if name in SEGMENTERS else None,
-        "width": None,
-        "encoder": {},
-        "scale": 1.0,
-    }
     given = {"head": head, "width": width, "encoder": dict(encoder or {}), "scale": scale}
-    network.recipe = {
-        "name": name,
-        "num_classes": num_classes,
-        **{key: value for key, value in given.items() if value != usual[key]},
-    }
+    usual = {"head": recipe.head if name in SEGMENTERS else None, "width": None, "encoder": {}, "scale": 1.0}
+    chosen = {key: value for key, value in given.items() if value != usual[key]}
+    network.recipe = {"name": name, "num_classes": num_classes, **chosen}
     network.lineage = [CODE, RANDOM]
     if weights is not None:
         load_weights(network, weights, classifier, license)
@@ -128,12 +125,22 @@ def load_segmenter(source: str | Path | Weights, license: str | None = None) -> 
     return network, weights.card
 
 
+def _check_name(name: str) -> None:
+    known = {*SEGMENTERS, *ENCODERS}
+    if name in known or timm.is_model(name):
+        return
+    near = get_close_matches(name, sorted({*known, *timm.list_models()}), n=3)
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    raise UserError(
+        f"unknown network {name!r}{hint}. There are {', '.join(SEGMENTERS)}, and every name of timm.list_models(); "
+        "one of your own is known once its module is imported: plugins=[MODULE]"
+    )
+
+
 def _create_encoder(name: str, args: dict[str, Any]) -> Any:
+    if name not in ENCODERS:
+        return TimmEncoder(name, **args)
     try:
-        if name == "lvt":
-            return LiteVisionTransformer(**args)
-        if name in VARIANTS:
-            return timm.create_model(name, num_classes=0, **args)
+        return ENCODERS[name](**args)
     except TypeError as error:
         raise UserError(f"{name} does not take the arguments {args}: {error}") from error
-    return TimmEncoder(name, **args)

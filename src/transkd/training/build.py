@@ -80,7 +80,9 @@ def build_task(cfg: DictConfig) -> Criterion:
 def build_optimization(cfg: DictConfig) -> Optimization:
     """Optimizer and schedule."""
     optim = cfg.optim
-    return Optimization(instantiate(optim.optimizer), instantiate(optim.scheduler), optim.interval, optim.horizon)
+    return Optimization(
+        instantiate(optim.optimizer, _convert_="all"), instantiate(optim.scheduler), optim.interval, optim.horizon
+    )
 
 
 def build_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:

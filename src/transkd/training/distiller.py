@@ -45,7 +45,6 @@ class Distiller(Scorer):
         self.criterion = criterion
         self.teacher = teacher
         self.optimization = optimization
-        self.compiled = device is not None and device.compile_mode is not None
         self.notes = notes or {}
         self.gradients_every = gradients_every
 
@@ -89,6 +88,13 @@ class Distiller(Scorer):
             f"files of the batch: {files}. The last good checkpoint is kept: lower the learning rate, "
             "use trainer.precision=32-true or trainer.gradient_clip_val=1, and go on with ckpt_path=last"
         )
+
+    def on_after_backward(self) -> None:
+        """Copy gradients that the next batch is added to: a CUDA graph would overwrite them."""
+        if self.compiled and self.trainer.accumulate_grad_batches > 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.clone()
 
     def on_fit_start(self) -> None:
         """Refuse, before the first step, a schedule that never turns on in a run of this length."""

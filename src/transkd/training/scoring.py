@@ -1,5 +1,6 @@
 """Scoring a network on the validation split."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,7 @@ class Scorer(L.LightningModule):
     Args:
         student: the network to score.
         protocol: how predictions meet labels (``transkd.metrics.PROTOCOLS``).
-        device: how images are laid out.
+        device: how images are laid out, and whether the network may be compiled, which validation does not use.
 
     Attributes:
         scores: of the last validation; None before the first.
@@ -29,13 +30,17 @@ class Scorer(L.LightningModule):
         super().__init__()
         self.student = student
         self.memory_format = torch.preserve_format if device is None else device.memory_format
+        self.compiled = device is not None and device.compile_mode is not None
         self.score = SegmentationScore(student.num_classes, protocol)
         self.scores: Scores | None = None
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add one batch to the confusion matrix."""
         image, target, *_ = batch
-        self.score.update(self.student(image.to(memory_format=self.memory_format)).logits, target)
+        # Images of validation have other sizes than those of training; each would be compiled.
+        with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+            logits = self.student(image.to(memory_format=self.memory_format)).logits
+        self.score.update(logits, target)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the split under the protocol's name."""

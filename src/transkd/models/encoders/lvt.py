@@ -6,7 +6,6 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +13,7 @@ from transkd.errors import UserError
 from transkd.layers.attention import attend
 from transkd.layers.patch_embedding import OverlapPatchEmbedding, init_vision_weights
 from transkd.layers.token_linear import TokenLinear
+from transkd.models.encoders.drop_path import DropPath
 from transkd.models.encoders.mit import to_tokens
 
 __all__ = ["LiteVisionTransformer"]

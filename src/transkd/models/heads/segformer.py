@@ -83,7 +83,8 @@ class SegformerHead(nn.Module):
         """Compute logits at the resolution of the first feature."""
         weights, bias = self.fold()
         maps = [F.conv2d(feature, weight) for feature, weight in zip(features, weights, strict=True)]
-        maps[-1] = maps[-1] + bias[:, None, None]  # added to the smallest map, where its gradient is cheapest
+        # added to the smallest map, where its gradient is cheapest, in the map's type: autocast keeps biases in float32
+        maps[-1] = maps[-1] + bias.to(maps[-1].dtype)[:, None, None]
         fused = _upsampled_sum(maps)
         activated = F.relu(self.linear_fuse.bn(fused), inplace=True)
         logits: Tensor = self.linear_pred(self.dropout(activated))

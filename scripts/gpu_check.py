@@ -1,0 +1,339 @@
+"""What a GPU has to show, in one call of a few minutes: each part in a process of its own, results as they come.
+
+python scripts/gpu_check.py --out FOLDER [--parts NAME …] [--limit SECONDS] [--tiny]
+
+``FOLDER/results.jsonl`` gets a line for each measurement, written at once; ``FOLDER/NAME.log`` what a part printed.
+A part that hangs or fails costs its own time limit and no other part. ``--tiny``: small sizes, for a trial on a CPU.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).parent
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+OUT: Path
+TINY = False
+
+
+def say(part: str, name: str, **values: Any) -> None:
+    """One measurement, on disk before the next one begins."""
+    line = json.dumps({"part": part, "name": name, **values}, default=str)
+    with (OUT / "results.jsonl").open("a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    print(line, flush=True)
+
+
+def wait() -> None:
+    """Until the device has done what it was given."""
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def seconds_of(run: Callable[[], Any], rounds: int = 10, warmup: int = 3) -> dict[str, float]:
+    """Median, fastest and slowest of single runs."""
+    for _ in range(warmup):
+        run()
+    taken = []
+    for _ in range(rounds if CUDA else 1):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        taken.append(1e3 * (time.perf_counter() - start))
+    return {"ms": round(statistics.median(taken), 3), "min": round(min(taken), 3), "max": round(max(taken), 3)}
+
+
+def throughput(run: Callable[[], Any], rounds: int = 20) -> float:
+    """Milliseconds of a run among others, the host free to run ahead."""
+    wait()
+    start = time.perf_counter()
+    rounds = rounds if CUDA else 1
+    for _ in range(rounds):
+        run()
+    wait()
+    return round(1e3 * (time.perf_counter() - start) / rounds, 3)
+
+
+def peak_mb(run: Callable[[], Any]) -> float | None:
+    """Megabytes on top of what is held before."""
+    if not CUDA:
+        return None
+    wait()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    wait()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+
+def forget() -> int:
+    """Start the peak again; gives the bytes that are held."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Distance by norms."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def kernels(run: Callable[[], Any], largest: int = 22) -> dict[str, Any]:
+    """Time that the device is busy in one run, its launches, and the largest kernels."""
+    if not CUDA:
+        return {}
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        run()
+        wait()
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spent: dict[str, list[float]] = {}
+    for event in events:
+        spent.setdefault(event.name[:90], []).append(event.device_time)
+    rows = sorted(((sum(v) / 1e3, len(v), k) for k, v in spent.items()), reverse=True)
+    return {
+        "busy_ms": round(sum(row[0] for row in rows), 2),
+        "launches": len(events),
+        "kernels": [[round(ms, 3), count, name] for ms, count, name in rows[:largest]],
+    }
+
+
+# Parts.
+
+
+def part_machine() -> None:
+    """The card, versions, bandwidth and rate."""
+    import platform
+
+    say("machine", "versions", torch=torch.__version__, python=platform.python_version(), cores=os.cpu_count())
+    if CUDA:
+        say("machine", "card", name=torch.cuda.get_device_name(), capability=torch.cuda.get_device_capability())
+        a = torch.randn(2**28, device=DEVICE)
+        b = torch.empty_like(a)
+        ms = seconds_of(lambda: b.copy_(a))["ms"]
+        say("machine", "copy", tb_per_s=round(2 * a.nbytes / ms / 1e9, 2))
+        x, y = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+        say("machine", "bf16 product", tflop_per_s=round(2 * 8192**3 / seconds_of(lambda: x @ y)["ms"] / 1e9))
+    for package in ("gcc", "g++", "cc"):
+        found = subprocess.run(["which", package], capture_output=True, text=True, check=False).stdout.strip()
+        say("machine", package, path=found)
+
+
+def part_upsampling() -> None:
+    """The gradient of the head's upsampling: PyTorch's, and products; and the forward."""
+    from transkd.layers.upsampling import resize_gradient, upsampled
+
+    torch.set_float32_matmul_precision("high")
+    batch, channels, large = (1, 8, (32, 64)) if TINY else (8, 256, (128, 256))
+    for dtype, scale in itertools.product((torch.bfloat16, torch.float32), (2, 8)):
+        small = (large[0] // scale, large[1] // scale)
+        for layout in (torch.channels_last, torch.contiguous_format):
+            maps = torch.randn(batch, channels, *small, device=DEVICE).to(dtype, memory_format=layout)
+            upstream = torch.randn(batch, channels, *large, device=DEVICE).to(dtype, memory_format=layout)
+            size = (list(large), [batch, channels, *small])
+
+            def theirs(upstream: torch.Tensor = upstream, size: Any = size) -> torch.Tensor:
+                return torch.ops.aten.upsample_bilinear2d_backward(upstream, *size, False, None, None)
+
+            def ours(upstream: torch.Tensor = upstream, small: Any = small) -> torch.Tensor:
+                return resize_gradient(upstream, small)
+
+            def forward(maps: torch.Tensor = maps) -> torch.Tensor:
+                return upsampled(maps, large)
+
+            exact = torch.ops.aten.upsample_bilinear2d_backward(upstream.double(), *size, False, None, None)
+            say(
+                "upsampling",
+                f"{dtype} ×{scale} {layout}",
+                theirs=seconds_of(theirs)["ms"],
+                products=seconds_of(ours)["ms"],
+                forward=seconds_of(forward)["ms"],
+                error=relative(ours(), exact),
+                their_error=relative(theirs(), exact),
+            )
+
+
+def part_cross_entropy() -> None:
+    """At the labels' size: ours eager and compiled beside the plain way."""
+    from transkd.losses import TaskCrossEntropy
+    from transkd.outputs import SegmentationOutput
+
+    torch.set_float32_matmul_precision("high")
+
+    def plain(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        wide = F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
+        return F.cross_entropy(wide, target, ignore_index=255)
+
+    def ours(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return TaskCrossEntropy()(SegmentationOutput(logits, (), (), logits), None, target)
+
+    compiled = torch.compile(ours, dynamic=False)
+    cases = [(1, (64, 128))] if TINY else [(8, (512, 1024)), (8, (1024, 2048)), (2, (512, 1024))]
+    for batch, size in cases:
+        logits = 3 * torch.randn(batch, 19, size[0] // 4, size[1] // 4, device=DEVICE)
+        logits = logits.to(torch.bfloat16).requires_grad_()
+        target = torch.randint(0, 19, (batch, *size), device=DEVICE)
+        target[torch.rand(target.shape, device=DEVICE) < 0.1] = 255
+
+        def both(way: Any, logits: torch.Tensor = logits, target: torch.Tensor = target) -> Any:
+            value = way(logits, target)
+            return value.detach(), torch.autograd.grad(value, logits)[0]
+
+        expected = both(plain)
+        for name, way in (("plain", plain), ("ours", ours), ("ours, compiled", compiled)):
+            start = time.perf_counter()
+            found = both(way)
+            wait()
+            first = round(time.perf_counter() - start, 2)
+            say(
+                "cross-entropy",
+                f"{name} {batch}×{size[0]}×{size[1]}",
+                first_s=first,
+                **seconds_of(lambda way=way: both(way)),
+                peak_mb=peak_mb(lambda way=way: both(way)),
+                loss=relative(found[0], expected[0]),
+                gradient=relative(found[1], expected[1]),
+                **kernels(lambda way=way: both(way), 8),
+            )
+
+
+def build(batch: int, distill: str = "transkd_base") -> Any:
+    """Networks, criterion and optimizer of the default training, and one batch."""
+    from benchmarks import training
+
+    args = argparse.Namespace(student="segformer_b0", teacher="segformer_b0" if TINY else "segformer_b2")
+    settings = ("data.num_classes=19", *(("+optim.optimizer.fused=true",) if CUDA else ()))
+    cfg = training.compose_config(args, distill, *settings)
+    parts = training.build_parts(cfg, DEVICE, optimizer=True)
+    size = (64, 128) if TINY else (512, 1024)
+    return training, parts, training.draw_batch(size, batch, 19, DEVICE)
+
+
+def part_step(part: str, batch: int, dtype: torch.dtype, ways: list[str], mode: str = "reduce-overhead") -> None:
+    """Training steps of several ways, one after the other, each compared with eager ours."""
+    torch.set_float32_matmul_precision("high")
+    training, parts, pair = build(batch)
+    eager = training.Step(parts, dtype=dtype)
+
+    def outcome(step: Any) -> Any:
+        with step.repeatable(torch.float32):
+            return step.gradients(*pair, autocast=True)
+
+    for way in ways:
+        wait()
+        held = forget() if CUDA else 0
+        eager.teacher.cast_once = way != "eager, the teacher's weights cast at every step"
+        expected = outcome(eager)
+        start = time.perf_counter()
+        if way.startswith("eager"):
+            step = eager
+        elif way == "reference":
+            step = training.Step(parts, training.AGAINST["drawn-out"], dtype=dtype)
+        else:
+            step = training.Step(parts, compiled=mode if CUDA else "default", dtype=dtype, whole=way == "whole")
+        found = outcome(step)
+        wait()
+        first = round(time.perf_counter() - start, 2)
+        difference = training.difference(found, expected)
+        later = []
+        for _ in range(4):
+            start = time.perf_counter()
+            step(*pair)
+            wait()
+            later.append(round(time.perf_counter() - start, 3))
+        grown = {"start_peak_mb": (torch.cuda.max_memory_allocated() - held) / 1e6} if CUDA else {}
+        say(part, way, first_s=first, next_s=later, **difference._asdict(), **grown)
+        measured = {**seconds_of(lambda step=step: step(*pair)), "stream_ms": throughput(lambda step=step: step(*pair))}
+        say(part, way, **measured, peak_mb=peak_mb(lambda step=step: step(*pair)))
+        say(part, way, **kernels(lambda step=step: step(*pair)))
+        if way in ("regions", "whole"):
+            from torch._dynamo.utils import compile_times
+
+            names, times = compile_times(repr="csv", aggregate=True)
+            say(part, way, compile_times=dict(zip(names, times, strict=False)))
+        del step, found, expected
+
+
+BF16, F32 = torch.bfloat16, torch.float32
+PARTS: dict[str, tuple[int, Callable[[], None]]] = {
+    "machine": (40, part_machine),
+    "upsampling": (40, part_upsampling),
+    "cross-entropy": (70, part_cross_entropy),
+    "step8": (150, lambda: part_step("step8", 8, BF16, ["eager", "reference", "regions"])),
+    "step8-warm": (60, lambda: part_step("step8-warm", 8, BF16, ["regions"])),
+    "step8-whole": (170, lambda: part_step("step8-whole", 8, BF16, ["whole"])),
+    "step2": (110, lambda: part_step("step2", 2, BF16, ["eager", "reference", "regions"])),
+    "step8-f32": (120, lambda: part_step("step8-f32", 8, F32, ["eager", "reference", "regions"])),
+    "cast": (40, lambda: part_step("cast", 8, BF16, ["eager", "eager, the teacher's weights cast at every step"])),
+}
+
+
+def run_all(names: list[str], limit: float, tiny: bool) -> None:
+    """Each part in a process of its own, until the time is up."""
+    end = time.monotonic() + limit
+    for name in names:
+        left = end - time.monotonic()
+        if left < 10:
+            say("end", name, skipped="no time left")
+            continue
+        allowed = min(PARTS[name][0] * (10 if tiny else 1), left)
+        command = [sys.executable, __file__, "--out", str(OUT), "--part", name, *(["--tiny"] if tiny else [])]
+        start = time.monotonic()
+        with (OUT / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                code: Any = process.wait(allowed)
+            except subprocess.TimeoutExpired:
+                code = f"stopped after {allowed:.0f} s"
+            with contextlib.suppress(ProcessLookupError):  # the compiler's workers too
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        say("end", name, code=code, seconds=round(time.monotonic() - start, 1))
+        if code != 0:
+            print("".join((OUT / f"{name}.log").read_text(errors="replace").splitlines(True)[-25:]), flush=True)
+
+
+def main() -> None:
+    """Read the command line."""
+    global OUT, TINY
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", choices=PARTS, help="this one alone, in this process")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for everything")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a trial on a CPU")
+    args = parser.parse_args()
+    OUT, TINY = args.out, args.tiny
+    OUT.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(HERE))
+    if args.part:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"/tmp/transkd_gpu_check/{args.part.removesuffix('-warm')}")
+        if not CUDA:  # generating code takes minutes there
+            plain = torch.compile
+            torch.compile = lambda *given, mode=None, **others: plain(*given, **others, backend="aot_eager")
+        PARTS[args.part][1]()
+    else:
+        run_all(args.parts, args.limit, args.tiny)
+
+
+if __name__ == "__main__":
+    main()

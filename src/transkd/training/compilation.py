@@ -1,0 +1,105 @@
+"""Compiled code: what is compiled, and a trial of the compiler."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from transkd.errors import UserError
+
+__all__ = ["check_compiler", "compile_in_place", "keep_compiled_code", "regions"]
+
+NEEDED = {"cpu": "a C++ compiler such as g++", "cuda": "triton and a C compiler such as gcc"}
+CONTAINERS = (nn.ModuleList, nn.Sequential)
+VARIANTS = 64  # of the code of one function: all regions share nn.Module's call, and so each is a variant of it
+
+
+def check_compiler(device: torch.device, mode: str = "default") -> None:
+    """Compile a tiny function for a device, to see at the start that it can be done.
+
+    Raises:
+        UserError: compiling failed (says what is missing), or ``torch.compile`` has no such mode.
+    """
+    from torch._inductor import list_mode_options  # takes a second to import
+
+    modes = list_mode_options()
+    if mode not in modes:
+        raise UserError(f"compile={mode}: expected true, false or a mode of torch.compile: {', '.join(modes)}")
+    try:
+        torch.compile(_tiny, mode=mode)(torch.ones(8, device=device))
+    except Exception as error:  # whatever the backend, the compiler or the system raises
+        needed = NEEDED.get(device.type, "a compiler that PyTorch supports")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"compile=true needs {needed} for device {device.type}, but a trial failed ({reason}); install it, or "
+            "train without: compile=false"
+        ) from error
+
+
+def _tiny(x: Tensor) -> Tensor:
+    return x.sin() + 1
+
+
+def keep_compiled_code(folder: Path) -> None:
+    """Let later processes find this one's compiled code in a folder, unless the environment names another."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
+
+
+def compile_in_place(*modules: nn.Module, mode: str = "default", keep_graph: bool = False, whole: bool = True) -> None:
+    """Run modules as compiled code from their next call on; names, state and copies stay plain.
+
+    In regions (``regions``) the code of a block serves all blocks of the same shape, so that starting takes a fraction
+    of the time; each size of image then gets code of its own.
+
+    Args:
+        modules: called as they are elsewhere.
+        mode: of ``torch.compile``. With "reduce-overhead" and "max-autotune" a GPU replays CUDA graphs, and a module's
+            output is overwritten at the next step (``torch.compiler.cudagraph_mark_step_begin``).
+        keep_graph: whether gradients of a step are taken more than once, as automatic weights do; compiled code
+            otherwise reuses the memory of what it kept for the backward pass.
+        whole: compile each module as one piece, whose code a second size of image makes general; False: in regions.
+    """
+    torch.compiler.reset()  # earlier jobs of a sweep and the teacher's training count towards torch's limits
+    torch._functorch.config.donated_buffer = not keep_graph
+    torch._dynamo.config.recompile_limit = VARIANTS
+    for module in modules:
+        parts = [module] if whole else regions(module)
+        for part in parts:
+            part.compile(mode=mode, dynamic=None if parts == [module] else False)
+
+
+def regions(module: nn.Module) -> list[nn.Module]:
+    """The parts of a network that are compiled one by one: its repeated blocks, and the largest parts between them.
+
+    A block is an entry of a ``ModuleList`` or ``Sequential`` with several entries of its class and no such list
+    within. A module without blocks, or one that computes activations again in the backward pass, is one region.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(3, 4), nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(3)))
+        >>> [type(part).__name__ for part in regions(network)]
+        ['Linear', 'Sequential', 'Sequential', 'Sequential']
+    """
+    recomputes = any(getattr(part, "grad_checkpointing", False) is True for part in module.modules())
+    blocks = set() if recomputes else _blocks(module)
+    return _between(module, blocks) if blocks else [module]
+
+
+def _blocks(module: nn.Module) -> set[nn.Module]:
+    candidates: set[nn.Module] = set()
+    for part in module.modules():
+        if isinstance(part, CONTAINERS):
+            counts = Counter(type(child) for child in part)
+            candidates |= {child for child in part if counts[type(child)] > 1 and any(True for _ in child.children())}
+    return {block for block in candidates if not candidates & set(list(block.modules())[1:])}
+
+
+def _between(module: nn.Module, blocks: set[nn.Module]) -> list[nn.Module]:
+    found = []
+    for child in module.children():
+        if child in blocks or not blocks & set(child.modules()):
+            found += [child] if any(True for _ in child.parameters()) else []
+        else:
+            found += _between(child, blocks)
+    return found
