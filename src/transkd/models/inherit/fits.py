@@ -115,16 +115,16 @@ class Solving:
         if gram.count < unknowns:
             self.shortages.append((name, gram.count, unknowns))
 
-    def warnings(self) -> list[str]:
-        """The notes, and the layer that lacks positions most."""
+    def warnings(self, images: int) -> list[str]:
+        """The notes, and the layer that lacks positions most; so many images were given."""
         if not self.shortages:
             return self.notes
         name, positions, unknowns = max(self.shortages, key=lambda shortage: shortage[2] / shortage[1])
         return [
             *self.notes,
-            f"{name} is solved from {positions} image positions for {unknowns} unknowns, and {len(self.shortages)} "
-            f"layers in all from too few; the ridge keeps them near the teacher's weights. Better give "
-            f"{unknowns / positions:.1f} times as many images",
+            f"{name} is solved from {positions} image positions for {unknowns} unknowns, {len(self.shortages)} layers "
+            "in all from too few; the ridge keeps them near the teacher's weights. Better give "
+            f"{math.ceil(images * unknowns / positions)} images than {images}",
         ]
 
 

@@ -107,10 +107,10 @@ def _start(
         if images is not None:
             task = bar.add_task("comparing the student to its teacher", total=None)
             compared = compare(expert, draft, _on(images, expert), partial(bar.advance, task))
-    warnings = tuple(solving.warnings())
+    count, errors, agreement = compared
+    warnings = tuple(solving.warnings(count))
     for warning in warnings:
         log.warning("inherit: %s", warning)
-    count, errors, agreement = compared
     return InheritReport(how, count, time.perf_counter() - started, errors, agreement, warnings)
 
 
