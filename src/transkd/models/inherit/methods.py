@@ -44,7 +44,7 @@ def inherit(
     """Give a student its first weights from its teacher, before any step of training.
 
     "solve" solves each layer of a narrower, shallower student of the teacher's family (MiT or PVTv2) by least squares
-    on what both networks make of unlabelled images (docs/inherit_notes.md). "copy" takes the teacher's weights as they
+    on what both networks make of unlabelled images (docs/inherit.md). "copy" takes the teacher's weights as they
     are, for the same widths and at most its depth (``start_from_teacher``). "select" takes a subset of them, for any
     two networks whose parameters correspond by name. "best" is the first of these three that the networks allow.
 
