@@ -110,12 +110,18 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def make_rows(jobs: Sequence[Job], names: Sequence[str]) -> list[Row]:
-    """Build a row per combination of the named settings, in the order of the jobs."""
+def check_protocols(jobs: Sequence[Job]) -> str:
+    """Return the protocol of all jobs; exit with one line if there are several."""
     protocols = {job.protocol: job.name for job in jobs}
     if len(protocols) > 1:
         found = ", ".join(f"{protocol} (job {name})" for protocol, name in protocols.items())
         sys.exit(f"error: scores of different protocols are not comparable: {found}")
+    return jobs[0].protocol
+
+
+def make_rows(jobs: Sequence[Job], names: Sequence[str]) -> list[Row]:
+    """Build a row per combination of the named settings, in the order of the jobs."""
+    check_protocols(jobs)
     groups = defaultdict(list)
     for job in jobs:
         groups[tuple(job.settings.get(name, "–") for name in names)].append(job)
@@ -151,18 +157,18 @@ def as_text(row: Row, with_start: bool) -> list[str]:
     return [*row.settings, *start, miou, str(row.runs), show(row.teacher, row.teacher_std), row.protocol]
 
 
-def print_markdown(header: Sequence[str], cells: Sequence[Sequence[str]], title: str) -> None:
-    """Print the table as Markdown."""
-    lines = [header, ["---"] * len(header), *cells]
+def print_markdown(header: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    """Print cells as a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
     print(f"{title}\n")
     for line in lines:
         print("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
 
 
-def print_table(header: Sequence[str], cells: Sequence[Sequence[str]], title: str) -> None:
-    """Print the table for a terminal."""
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    """Print cells as a table for a terminal."""
     table = Table(*map(escape, header), title=escape(title))
-    for row in cells:
+    for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)
 
