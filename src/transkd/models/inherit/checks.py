@@ -1,4 +1,4 @@
-"""What is refused before anything is solved, each with one line that says what would work."""
+"""Checks before anything is solved; each message says what would work."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, cast
@@ -16,7 +16,7 @@ __all__ = ["Images", "Pair", "check_finite", "check_images", "check_pair", "imag
 
 
 class ImageSource(Protocol):
-    """Images [3, H, W] or batches [B, 3, H, W] that can be gone through several times; the length counts images."""
+    """Images [3, H, W] or batches [B, 3, H, W] that can be iterated repeatedly; the length is the number of images."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -124,7 +124,7 @@ def _check_heads(theirs: nn.Module, ours: nn.Module) -> None:
 
 
 def check_finite(network: Network) -> None:
-    """Refuse a teacher whose weights hold NaN or infinity."""
+    """Raise an error if the teacher's weights contain NaN or infinity."""
     for name, tensor in network.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(
@@ -134,7 +134,7 @@ def check_finite(network: Network) -> None:
 
 
 def check_images(images: Images | None) -> Images:
-    """Refuse none, and those that are too small for the networks' deepest stage."""
+    """Raise an error if there are no images or an image is too small for the deepest stage."""
     if images is None or len(images) == 0:
         raise UserError("solve: expected images [N, 3, H, W] to solve from, got none; a few dozen unlabelled ones do")
     for batch in image_batches(images):

@@ -1,4 +1,4 @@
-"""``inherit``: a student that starts where its teacher is, by one of three methods."""
+"""``inherit``: initialise a student from its teacher by one of three methods."""
 
 import copy
 import logging
@@ -104,7 +104,7 @@ def inherit(
 
 
 def _frozen(network: Network) -> Network:
-    """A copy to compute with, in evaluation mode and float32."""
+    """Copy a network in eval mode and float32."""
     return copy.deepcopy(network).eval().float()
 
 
@@ -128,7 +128,7 @@ def _best(teacher: Network, student: Network, images: Images | None) -> str:
 
 
 def _solve(teacher: Any, student: Any, images: Iterable[Tensor], ridge: float, seed: int, bar: Progress) -> list[str]:
-    """Solve the student in place; gives what there is to warn of."""
+    """Solve the student in place; return warnings."""
     pair = check_pair(teacher, student)
     stages = pair.student
     task = bar.add_task("solving the student", total=1 + sum(1 + len(stage.blocks) for stage in stages))
