@@ -268,11 +268,5 @@ def add(subparsers: Any) -> None:
     parser = measure.add_command(subparsers, forward)
     parser.add_argument("--network", default="segformer_b0", help="any name that create_segmenter accepts")
     measure.add_image_options(parser)
-    parser.add_argument(
-        "--against",
-        nargs="*",
-        default=[],
-        choices=AGAINST,
-        help="implementations to compare with; drawn-out is the reference implementation",
-    )
+    measure.add_against_option(parser, AGAINST)
     parser.add_argument("--profile", action="store_true", help="also profile the fused forward by operator")

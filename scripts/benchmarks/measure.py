@@ -11,7 +11,7 @@ import shlex
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -333,6 +333,17 @@ def add_image_options(parser: argparse.ArgumentParser, size: tuple[int, int] = (
     parser.add_argument("--size", type=int, nargs=2, default=size, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--classes", type=int, default=19)
+
+
+def add_against_option(parser: argparse.ArgumentParser, choices: Iterable[str]) -> None:
+    """Add the option that names the alternatives."""
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        default=[],
+        choices=choices,
+        help="implementations to compare with; drawn-out is the reference implementation",
+    )
 
 
 def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, dict[str, Any]]:

@@ -203,13 +203,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--resolution", choices=("logits", "labels"), default="labels", help="resolution of the cross-entropy"
     )
-    parser.add_argument(
-        "--against",
-        nargs="*",
-        default=[],
-        choices=AGAINST,
-        help="implementations to compare with; drawn-out is the reference implementation",
-    )
+    measure.add_against_option(parser, AGAINST)
     sweeps = parser.add_mutually_exclusive_group()
     sweeps.add_argument("--sizes", type=size_of, nargs="+", metavar="HEIGHTxWIDTH", help="one row each, only ours")
     sweeps.add_argument("--batches", type=int, nargs="+", metavar="BATCH", help="one row each, only ours")

@@ -94,7 +94,7 @@ class Criterion(nn.Module):
             self.register_buffer("auto_steps", torch.tensor(0))
         self._calibrated = not self.shares  # cached on the host: reading auto_steps synchronises with the device
         self._skipped_steps = 0
-        self.register_load_state_dict_post_hook(_recompute_calibrated)
+        self.register_load_state_dict_post_hook(_recompute_calibrated)  # type: ignore[no-untyped-call]
 
     @property
     def weights(self) -> dict[str, float | None]:

@@ -80,7 +80,7 @@ class Tapped(Network):
         super().__init__((), 0, mean, std)
         self.name = type(module).__name__
         self.module = module
-        self.register_load_state_dict_pre_hook(_add_module_to_keys)
+        self.register_load_state_dict_pre_hook(_add_module_to_keys)  # type: ignore[no-untyped-call]
         like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), self.mean)
         self.mean, self.std = (tensor.to(like.device, like.dtype) for tensor in (self.mean, self.std))
 
