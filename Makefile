@@ -12,7 +12,7 @@ pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n 2
 .PHONY: help install demo test test-oldest lint check clean
 
 help:
-	@echo "make demo     draw road scenes, train a teacher on them, distil it into a student, score both"
+	@echo "make demo     draw road scenes, train a teacher on them, train students alone, distilled and solved from it"
 	@echo "make test     the tests that take seconds"
 	@echo "make test-oldest  the same with the oldest versions that the package admits, in .venv-oldest"
 	@echo "make check    everything: lint, types, all tests"
@@ -38,8 +38,10 @@ $(VENV)/.dev: $(VENV)/.package
 
 install: $(VENV)/.dev
 
+# The student alone, distilled, and solved from its teacher, each for the same epochs; one table at the end.
 demo: $(VENV)/.package
-	mkdir -p $(OUT) && cd $(OUT) && $(python) -m transkd.train +experiment=demo
+	mkdir -p $(OUT) && cd $(OUT) && $(python) -m transkd.train -m +experiment=demo distill=none,transkd_cwd,solve
+	@cd $(OUT) && $(python) $(CURDIR)/scripts/sweep_table.py $$(ls -td outputs/demo/sweep_* | head -n 1)
 
 test: $(VENV)/.dev
 	$(pytest)

@@ -34,6 +34,7 @@ class Job(NamedTuple):
     protocol: str
     miou: float
     teacher_miou: float | None
+    start_miou: float | None = None
 
 
 class Row(NamedTuple):
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     teacher: float | None
     teacher_std: float | None
     protocol: str
+    start: float | None = None
 
 
 def read_settings(folder: Path) -> dict[str, str]:
@@ -65,9 +67,8 @@ def read_job(folder: Path) -> Job:
     try:
         results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         miou = float(results["mIoU"])
-        job = Job(
-            folder.name, settings, results["seed"], results["protocol"], miou, results.get("teacher", {}).get("mIoU")
-        )
+        teacher, start = ((results.get(part) or {}).get("mIoU") for part in ("teacher", "start"))
+        job = Job(folder.name, settings, results["seed"], results["protocol"], miou, teacher, start)
     except FileNotFoundError:
         raise ValueError("no results.json: it failed or is not finished") from None
     except json.JSONDecodeError as error:
@@ -122,6 +123,7 @@ def make_rows(jobs: Sequence[Job], names: Sequence[str]) -> list[Row]:
     for settings, group in groups.items():
         teachers = [100 * job.teacher_miou for job in group if job.teacher_miou is not None]
         one_teacher = len(set(teachers)) == 1
+        starts = [100 * job.start_miou for job in group if job.start_miou is not None]
         rows.append(
             Row(
                 settings,
@@ -129,6 +131,7 @@ def make_rows(jobs: Sequence[Job], names: Sequence[str]) -> list[Row]:
                 len(group),
                 *((teachers[0], None) if one_teacher else mean_and_std(teachers) if teachers else (None, None)),
                 group[0].protocol,
+                statistics.fmean(starts) if starts else None,
             )
         )
     return rows
@@ -141,25 +144,26 @@ def show(mean: float | None, std: float | None) -> str:
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
-def as_text(row: Row) -> list[str]:
+def as_text(row: Row, with_start: bool) -> list[str]:
     """Format the cells of a row; the deviation of a single seed is shown as missing."""
     miou = show(row.miou, row.std) if row.std is not None else f"{row.miou:.2f} ± –"
-    return [*row.settings, miou, str(row.runs), show(row.teacher, row.teacher_std), row.protocol]
+    start = [show(row.start, None)] if with_start else []
+    return [*row.settings, *start, miou, str(row.runs), show(row.teacher, row.teacher_std), row.protocol]
 
 
-def print_markdown(header: Sequence[str], rows: Sequence[Row], title: str) -> None:
+def print_markdown(header: Sequence[str], cells: Sequence[Sequence[str]], title: str) -> None:
     """Print the table as Markdown."""
-    lines = [header, ["---"] * len(header), *(as_text(row) for row in rows)]
+    lines = [header, ["---"] * len(header), *cells]
     print(f"{title}\n")
     for line in lines:
         print("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
 
 
-def print_table(header: Sequence[str], rows: Sequence[Row], title: str) -> None:
+def print_table(header: Sequence[str], cells: Sequence[Sequence[str]], title: str) -> None:
     """Print the table for a terminal."""
     table = Table(*map(escape, header), title=escape(title))
-    for row in rows:
-        table.add_row(*map(escape, as_text(row)))
+    for row in cells:
+        table.add_row(*map(escape, row))
     Console().print(table)
 
 
@@ -190,8 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = make_rows(jobs, names)
     merged = ["seed", *(name for name in differing if name not in names)]
     title = f"mIoU [%], mean ± standard deviation over {', '.join(merged)}"
-    header = [*names, "mIoU", "seeds" if merged == ["seed"] else "runs", "teacher", "protocol"]
-    (print_markdown if args.markdown else print_table)(header, rows, title)
+    with_start = any(row.start is not None for row in rows)
+    runs = "seeds" if merged == ["seed"] else "runs"
+    header = [*names, *(["before step 1"] if with_start else []), "mIoU", runs, "teacher", "protocol"]
+    cells = [as_text(row, with_start) for row in rows]
+    (print_markdown if args.markdown else print_table)(header, cells, title)
     if args.csv:
         write_csv(args.csv, names, rows)
 

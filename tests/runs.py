@@ -11,6 +11,7 @@ from transkd.cli import CONF
 
 TINY = [
     "+experiment=demo",
+    "distill=transkd_cwd",
     "student=segformer_b0",
     "teacher=segformer_b0",
     "data.prepare.train=8",

@@ -114,6 +114,33 @@ def test_a_smaller_student_starts_from_its_teacher(root, b0_file, caplog, how):
     assert "before any step (full-res)" in caplog.text
 
 
+def test_raw_features_of_a_teacher_are_brought_to_the_usual_scale(root, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    teacher = create_segmenter("resnet18", num_classes=19, head="fpn", width=64)
+    teacher.encoder.body.conv1.weight.data.mul_(30)  # no norm of its own at the end of a stage
+    for module in teacher.encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data.mul_(4)
+    save_segmenter(teacher, tmp_path / "raw.safetensors")
+    settings = [
+        "teacher=timm",
+        "teacher.network.name=resnet18",
+        "teacher.network.head=fpn",
+        "+teacher.network.width=64",
+    ]
+    settings += [
+        f"teacher.weights={tmp_path / 'raw.safetensors'}",
+        "distill=none",
+        "term=[csf]",
+        "student.solve.images=4",
+    ]
+    train(root, "raw", *settings, "trainer.max_epochs=1")
+    assert "teacher: features are standardised per channel" in caplog.text
+    caplog.clear()
+    train(root, "left", *settings, "trainer.max_epochs=1", "teacher.standardise=false")
+    assert "standardised" not in caplog.text
+
+
 def test_a_student_that_cannot_start_from_its_teacher_is_one_line(root, b0_file):
     settings = ["student.from_teacher=solve", f"teacher.weights={b0_file}", "distill=none", "student.solve.images=4"]
     with pytest.raises(UserError, match=r"cannot solve lvt .* from segformer_b0 .*expected two networks of one family"):

@@ -34,8 +34,9 @@ def kept_teacher(settings: TeacherSettings, experiment: str, name: str, recipe: 
     """
     if not settings.fit.max_epochs:
         raise UserError(
-            "the terms read a teacher, but teacher.weights is not given: give a file with teacher.weights=PATH, "
-            "train it first with teacher.fit.max_epochs=N, or train the student alone with distill=none"
+            "the run needs a teacher, for its terms or the student's start, but teacher.weights is not given: name the "
+            "file with teacher.weights=PATH, train it first with teacher.fit.max_epochs=N, or train the student alone "
+            "with distill=none"
         )
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     return Path(settings.fit.folder) / f"{experiment}_{name}_{key}.safetensors"

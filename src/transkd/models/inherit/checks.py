@@ -1,7 +1,7 @@
 """Checks before anything is solved; each message says what would work."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,9 @@ from transkd.models.inherit.families import Stage, stages_of
 from transkd.models.network import Network
 from transkd.models.segmenter import Segmenter
 
-__all__ = ["Images", "Pair", "check_finite", "check_images", "check_pair", "image_batches"]
+__all__ = ["Images", "Pair", "check_finite", "check_pair", "image_batches"]
 
-
-class ImageSource(Protocol):
-    """Images [3, H, W] or batches [B, 3, H, W] that can be iterated repeatedly; the length is the number of images."""
-
-    def __len__(self) -> int:
-        """Number of images."""
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Images or batches."""
-
-
-Images = Tensor | Sequence[Tensor] | ImageSource
+Images = Tensor | Iterable[Tensor]  # of which every walk gives the same
 BATCH = 8
 SMALLEST = 32  # pixels a side, the stride of the deepest stage
 
@@ -128,29 +117,30 @@ def check_finite(network: Network) -> None:
     for name, tensor in network.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(
-                f"solve: {name} of the teacher {network.name} holds NaN or infinity; expected trained, finite "
+                f"inherit: {name} of the teacher {network.name} holds NaN or infinity; expected trained, finite "
                 "weights. Take an earlier checkpoint of the teacher"
             )
 
 
-def check_images(images: Images | None) -> Images:
-    """Raise an error if there are no images or an image is too small for the deepest stage."""
-    if images is None or len(images) == 0:
-        raise UserError("solve: expected images [N, 3, H, W] to solve from, got none; a few dozen unlabelled ones do")
-    for batch in image_batches(images):
+def image_batches(images: Images | None) -> Iterator[Tensor]:
+    """Batches [B, 3, H, W] of at most BATCH images.
+
+    Raises:
+        UserError: there are none, or they are no images, too small for the deepest stage, or hold NaN.
+    """
+    count = 0
+    for batch in _batches(images if images is not None else ()):
+        count += len(batch)
         if batch.ndim != 4 or batch.shape[1] != 3 or min(batch.shape[-2:]) < SMALLEST:
             raise UserError(
-                f"solve: expected RGB images [N, 3, H, W] of at least {SMALLEST}×{SMALLEST} pixels, got "
+                f"inherit: expected RGB images [N, 3, H, W] of at least {SMALLEST}×{SMALLEST} pixels, got "
                 f"{list(batch.shape)}: the deepest stage has stride {SMALLEST}. Resize or pad them"
             )
-    return images
-
-
-def image_batches(images: Images, mirror: bool = False) -> Iterator[Tensor]:
-    """Batches [B, 3, H, W] of at most BATCH images, of the images and their mirror images."""
-    for flipped in (False, True)[: 1 + mirror]:
-        for batch in _batches(images):
-            yield batch.flip(-1) if flipped else batch
+        if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
+            raise UserError("inherit: expected images of finite numbers in [0, 1], got NaN or infinity in one")
+        yield batch
+    if count == 0:
+        raise UserError("inherit: expected images [N, 3, H, W], got none; a few dozen unlabelled ones do")
 
 
 def _batches(images: Images) -> Iterator[Tensor]:

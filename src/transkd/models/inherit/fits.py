@@ -93,6 +93,7 @@ class Solving:
         advance: advances the progress bar.
         names: names of the student's modules, for messages.
         shortages: layers with fewer image positions than unknowns: name, positions, unknowns.
+        notes: whatever else there is to warn of.
     """
 
     ridge: float = 1e-3
@@ -100,6 +101,7 @@ class Solving:
     advance: Callable[[], None] = lambda: None
     names: Mapping[nn.Module, str] = field(default_factory=dict)
     shortages: list[tuple[str, int, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def check(self, gram: Gram, layer: nn.Module) -> None:
         """Record a fit with too few positions; raise an error if its sums are not finite."""
@@ -113,15 +115,16 @@ class Solving:
         if gram.count < unknowns:
             self.shortages.append((name, gram.count, unknowns))
 
-    def warnings(self) -> list[str]:
-        """Warning for the layer with the fewest positions per unknown."""
+    def warnings(self, images: int) -> list[str]:
+        """The notes, and the layer that lacks positions most; so many images were given."""
         if not self.shortages:
-            return []
+            return self.notes
         name, positions, unknowns = max(self.shortages, key=lambda shortage: shortage[2] / shortage[1])
         return [
-            f"{name} is solved from {positions} image positions for {unknowns} unknowns, and {len(self.shortages)} "
-            f"layers in all from too few; the ridge keeps them near the teacher's weights. Better give "
-            f"{unknowns / positions:.1f} times as many images"
+            *self.notes,
+            f"{name} is solved from {positions} image positions for {unknowns} unknowns, {len(self.shortages)} layers "
+            "in all from too few; the ridge keeps them near the teacher's weights. Better give "
+            f"{math.ceil(images * unknowns / positions)} images than {images}",
         ]
 
 

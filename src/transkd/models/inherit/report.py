@@ -63,11 +63,12 @@ class InheritReport:
 @torch.no_grad()
 def compare(
     teacher: Network, student: Network, batches: Iterable[Tensor], advance: Callable[[], None]
-) -> tuple[tuple[float, ...], float | None]:
-    """Compute ``feature_errors`` and ``agreement`` of the report on batches of images."""
+) -> tuple[int, tuple[float, ...], float | None]:
+    """``images``, ``feature_errors`` and ``agreement`` of the report, over batches of images."""
     grams: list[Gram] = []
-    same, of = 0, 0
+    count, same, of = 0, 0, 0
     for images in batches:
+        count += len(images)
         theirs, ours = teacher(images), student(images)
         grams = grams or [Gram() for _ in range(min(len(theirs.features), len(ours.features)))]
         for gram, feature, target in zip(grams, ours.features, theirs.features, strict=False):
@@ -77,7 +78,7 @@ def compare(
             same += int((logits.argmax(1) == theirs.logits.argmax(1)).sum())
             of += theirs.logits[:, 0].numel()
         advance()
-    return tuple(_unexplained(gram) for gram in grams), same / of if of else None
+    return count, tuple(_unexplained(gram) for gram in grams), same / of if of else None
 
 
 def _unexplained(gram: Gram) -> float:

@@ -1,0 +1,70 @@
+"""Terms are weighed on one batch before step 1."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from transkd.data import Batch
+from transkd.losses import Criterion, TaskCrossEntropy
+from transkd.models import create_segmenter
+from transkd.training.rehearsal import weigh
+
+
+class Constant(nn.Module):
+    """A term of one value."""
+
+    needs = frozenset()
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, student, teacher, target=None):
+        return student.logits.sum() * 0 + self.value
+
+
+class Data:
+    """Two samples."""
+
+    batch_size = 2
+
+    def dataset(self, split):
+        image = torch.zeros(3, 32, 64, dtype=torch.uint8)
+        return [Batch(image, torch.zeros(32, 64, dtype=torch.uint8), str(i)) for i in range(2)]
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(0)
+    encoder = {"channels": [8, 16, 40, 64], "depths": [1, 1, 1, 1]}
+    return create_segmenter("segformer_b0", 4, width=16, encoder=encoder)
+
+
+def criterion(value, weight=1.0):
+    return Criterion(
+        {"task": {"term": TaskCrossEntropy(), "weight": 1.0}, "big": {"term": Constant(value), "weight": weight}}
+    )
+
+
+def test_a_term_that_drowns_the_others_is_warned_of(student, caplog):
+    caplog.set_level(logging.INFO)
+    monitored = criterion(1600.0, weight=0.1)
+    weigh(student, None, monitored, Data())
+    assert "big 160" in caplog.text
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "the term big is" in warning
+    assert "criterion.terms.big.weight" in warning
+    assert "teacher.standardise=true" in warning
+
+
+def test_terms_of_a_like_size_are_logged_alone(student, caplog):
+    caplog.set_level(logging.INFO)
+    state = torch.get_rng_state()
+    student.train()
+    weigh(student, None, criterion(2.0), Data())
+    assert "terms before step 1: task" in caplog.text
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert student.training
+    assert torch.equal(torch.get_rng_state(), state)
