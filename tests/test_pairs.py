@@ -207,7 +207,7 @@ def test_strides_that_a_term_cannot_align(root):
 
 
 def test_a_network_of_fixed_size(root):
-    message = r"hiera_tiny_224 does not accept an image of 32×64 .*img_size"
+    message = r"hiera_tiny_224 does not accept an image of 32×64, .*img_size"
     refused(root, "fixed", message, "student=timm", "student.network.name=hiera_tiny_224", "distill=none")
 
 
