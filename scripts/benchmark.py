@@ -1,4 +1,4 @@
-"""Benchmark this package against alternatives with the same weights, in one process and in alternating turns.
+"""Benchmark transkd against alternatives with the same weights, in one process, interleaved.
 
 python scripts/benchmark.py forward --network segformer_b0 --size 512 1024 --against transformers smp drawn-out
 python scripts/benchmark.py step --teacher segformer_b2 --student segformer_b0 --against drawn-out
@@ -6,10 +6,10 @@ python scripts/benchmark.py loader --workers 0 1 2
 python scripts/benchmark.py terms
 python scripts/benchmark.py score
 
-Alternatives are warmed up, then timed in turns (A B C A B C …), so that other load on the machine affects all of them
-alike; medians are compared. Outputs of alternatives that should be equal are compared first; nothing is timed if they
-differ. ``--json FILE`` writes all timings: ``command``, ``date``, ``settings``, ``machine``, ``matmul_gflop_per_s`` and
-``rows``, one per alternative.
+After a warm-up the alternatives are timed in turns (A B C A B C …), so that other load on the machine affects all of
+them equally; medians are compared. Their outputs are compared first, and nothing is timed if they differ.
+``drawn-out`` is a reference implementation without the optimisations of transkd. ``--json FILE`` writes all timings:
+``command``, ``date``, ``settings``, ``machine``, ``matmul_gflop_per_s`` and ``rows``, one per alternative.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What a GPU has to show, in one call of a few minutes: each part in a process of its own, results as they come.
+"""Measure correctness and speed on a GPU in a few minutes: each part in its own process, results written at once.
 
 python scripts/gpu_check.py --out FOLDER [--parts NAME …] [--limit SECONDS] [--tiny]
 
-``FOLDER/results.jsonl`` gets a line for each measurement, written at once; ``FOLDER/NAME.log`` what a part printed.
-A part that hangs or fails costs its own time limit and no other part. ``--tiny``: small sizes, for a trial on a CPU.
+``FOLDER/results.jsonl`` gets a line per measurement, ``FOLDER/NAME.log`` the output of a part. A part that hangs is
+stopped at its time limit; the others still run. ``--tiny``: small sizes, for a trial on a CPU.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TINY = False
 
 
 def say(part: str, name: str, **values: Any) -> None:
-    """One measurement, on disk before the next one begins."""
+    """Write one measurement to disk at once."""
     line = json.dumps({"part": part, "name": name, **values}, default=str)
     with (OUT / "results.jsonl").open("a") as file:
         file.write(line + "\n")
@@ -41,13 +41,13 @@ def say(part: str, name: str, **values: Any) -> None:
 
 
 def wait() -> None:
-    """Until the device has done what it was given."""
+    """Synchronise with the device."""
     if CUDA:
         torch.cuda.synchronize()
 
 
 def seconds_of(run: Callable[[], Any], rounds: int = 10, warmup: int = 3) -> dict[str, float]:
-    """Median, fastest and slowest of single runs."""
+    """Median, minimum and maximum of single runs, in milliseconds."""
     for _ in range(warmup):
         run()
     taken = []
@@ -61,7 +61,7 @@ def seconds_of(run: Callable[[], Any], rounds: int = 10, warmup: int = 3) -> dic
 
 
 def throughput(run: Callable[[], Any], rounds: int = 20) -> float:
-    """Milliseconds of a run among others, the host free to run ahead."""
+    """Milliseconds per run in a sequence of runs without synchronisation between them."""
     wait()
     start = time.perf_counter()
     rounds = rounds if CUDA else 1
@@ -72,7 +72,7 @@ def throughput(run: Callable[[], Any], rounds: int = 20) -> float:
 
 
 def peak_mb(run: Callable[[], Any]) -> float | None:
-    """Megabytes on top of what is held before."""
+    """Peak memory of a run in MB beyond what was allocated before it."""
     if not CUDA:
         return None
     wait()
@@ -84,19 +84,19 @@ def peak_mb(run: Callable[[], Any]) -> float | None:
 
 
 def forget() -> int:
-    """Start the peak again; gives the bytes that are held."""
+    """Reset the peak; return the allocated bytes."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Distance by norms."""
+    """Relative difference, by norms."""
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def kernels(run: Callable[[], Any], largest: int = 22) -> dict[str, Any]:
-    """Time that the device is busy in one run, its launches, and the largest kernels."""
+    """Busy time of the device in one run, number of launches, and the longest kernels."""
     if not CUDA:
         return {}
     from torch.profiler import ProfilerActivity, profile
@@ -117,11 +117,11 @@ def kernels(run: Callable[[], Any], largest: int = 22) -> dict[str, Any]:
     }
 
 
-# Parts.
+# Parts
 
 
 def part_machine() -> None:
-    """The card, versions, bandwidth and rate."""
+    """GPU, versions, memory bandwidth and matrix-product rate."""
     import platform
 
     say("machine", "versions", torch=torch.__version__, python=platform.python_version(), cores=os.cpu_count())
@@ -139,7 +139,7 @@ def part_machine() -> None:
 
 
 def part_upsampling() -> None:
-    """The gradient of the head's upsampling: PyTorch's, and products; and the forward."""
+    """Gradient of the head's upsampling, by PyTorch and by matrix products; and the forward."""
     from transkd.layers.upsampling import resize_gradient, upsampled
 
     torch.set_float32_matmul_precision("high")
@@ -173,7 +173,7 @@ def part_upsampling() -> None:
 
 
 def part_cross_entropy() -> None:
-    """At the labels' size: ours eager and compiled beside the plain way."""
+    """Cross-entropy at the labels' size: ours eager and compiled, compared with plain PyTorch."""
     from transkd.losses import TaskCrossEntropy
     from transkd.outputs import SegmentationOutput
 
@@ -217,7 +217,7 @@ def part_cross_entropy() -> None:
 
 
 def build(batch: int, distill: str = "transkd_base") -> Any:
-    """Networks, criterion and optimizer of the default training, and one batch."""
+    """Build networks, criterion and optimizer of the default training, and one batch."""
     from benchmarks import training
 
     args = argparse.Namespace(student="segformer_b0", teacher="segformer_b0" if TINY else "segformer_b2")
@@ -229,7 +229,7 @@ def build(batch: int, distill: str = "transkd_base") -> Any:
 
 
 def part_step(part: str, batch: int, dtype: torch.dtype, ways: list[str], mode: str = "reduce-overhead") -> None:
-    """Training steps of several ways, one after the other, each compared with eager ours."""
+    """Measure several implementations of a training step, each compared with our eager one."""
     torch.set_float32_matmul_precision("high")
     training, parts, pair = build(batch)
     eager = training.Step(parts, dtype=dtype)
@@ -288,7 +288,7 @@ PARTS: dict[str, tuple[int, Callable[[], None]]] = {
 
 
 def run_all(names: list[str], limit: float, tiny: bool) -> None:
-    """Each part in a process of its own, until the time is up."""
+    """Run each part in its own process, until the time limit."""
     end = time.monotonic() + limit
     for name in names:
         left = end - time.monotonic()
@@ -304,7 +304,7 @@ def run_all(names: list[str], limit: float, tiny: bool) -> None:
                 code: Any = process.wait(allowed)
             except subprocess.TimeoutExpired:
                 code = f"stopped after {allowed:.0f} s"
-            with contextlib.suppress(ProcessLookupError):  # the compiler's workers too
+            with contextlib.suppress(ProcessLookupError):  # including the compiler's workers
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         say("end", name, code=code, seconds=round(time.monotonic() - start, 1))
@@ -313,13 +313,13 @@ def run_all(names: list[str], limit: float, tiny: bool) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line and run the parts."""
     global OUT, TINY
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--part", choices=PARTS, help="this one alone, in this process")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for everything")
+    parser.add_argument("--part", choices=PARTS, help="run only this part, in this process")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for all parts together")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a trial on a CPU")
     args = parser.parse_args()
     OUT, TINY = args.out, args.tiny
@@ -327,7 +327,7 @@ def main() -> None:
     sys.path.insert(0, str(HERE))
     if args.part:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"/tmp/transkd_gpu_check/{args.part.removesuffix('-warm')}")
-        if not CUDA:  # generating code takes minutes there
+        if not CUDA:  # generating code takes minutes on a CPU
             plain = torch.compile
             torch.compile = lambda *given, mode=None, **others: plain(*given, **others, backend="aot_eager")
         PARTS[args.part][1]()

@@ -114,7 +114,7 @@ def test_weights_of_ones_own_are_adapted(root, teacher):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["distill=none"], r"lora.rank=4 adapts weights that are there.*student.weights=PATH.*from_teacher=true"),
+        (["distill=none"], r"lora.rank=4 adapts trained weights.*student.weights=PATH.*from_teacher=true"),
         (["distill=wecolora", "student.lora.train=[decoder]"], "no module 'decoder' in the network"),
         (
             ["distill=wecolora", "student.lora.rank=0"],

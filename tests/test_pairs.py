@@ -160,7 +160,7 @@ def test_a_teacher_of_other_classes_teaches_features(root, tmp_path, caplog):
     save_segmenter(create_segmenter("segformer_b0", num_classes=7), tmp_path / "seven.safetensors")
     settings = [f"teacher.weights={tmp_path / 'seven.safetensors'}", "teacher.network.num_classes=7"]
     train(root, "seven", "distill=transkd_base", *settings)
-    assert "not scored, since it has 7 classes and the data 19" in caplog.text
+    assert "not evaluated, since it has 7 classes and the data 19" in caplog.text
     with pytest.raises(UserError, match=r"compares logits, but the teacher segformer_b0 has 7 classes and the data 19"):
         train(root, "seven_logits", "distill=transkd_cwd", *settings)
 
@@ -207,7 +207,7 @@ def test_strides_that_a_term_cannot_align(root):
 
 
 def test_a_network_of_fixed_size(root):
-    message = r"hiera_tiny_224 cannot take an image of 32×64 .*img_size"
+    message = r"hiera_tiny_224 does not accept an image of 32×64, .*img_size"
     refused(root, "fixed", message, "student=timm", "student.network.name=hiera_tiny_224", "distill=none")
 
 

@@ -1,1 +1,1 @@
-"""What scripts/benchmark.py measures: one file a subcommand, and what they share in measure.py."""
+"""Subcommands of scripts/benchmark.py, one file each; measure.py has shared code."""

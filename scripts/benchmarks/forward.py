@@ -1,4 +1,4 @@
-"""Image to logits, beside other ways to compute the same logits."""
+"""The subcommand ``forward``: inference from image to logits, compared with other implementations."""
 
 import argparse
 import importlib
@@ -26,7 +26,7 @@ TOLERANCE = 1e-3  # between the alternatives' logits in float32, relative to the
 
 
 class Alternative(NamedTuple):
-    """One way to get the logits of the same network from a normalised image."""
+    """An implementation of the same network, from a normalised image to logits."""
 
     name: str
     module: nn.Module
@@ -34,10 +34,10 @@ class Alternative(NamedTuple):
 
 
 def build_network(name: str, classes: int, head: str | None = None) -> Segmenter:
-    """One of our networks at random weights, in eval, for images that are normalised already.
+    """Build one of our networks with random weights, in eval mode, for normalised images.
 
-    The other libraries want such images, so ours is given the mean 0 and the deviation 1; it still subtracts and
-    divides. It is roughened: a bias or norm in the wrong place would go unseen at 0 and 1.
+    The other libraries expect normalised images, so ours gets mean 0 and standard deviation 1, but still computes the
+    normalisation. Biases and norms are randomised: with 0 and 1 an error in mapping them would not show.
     """
     network = create_segmenter(name, classes, head=head, mean=(0, 0, 0), std=(1, 1, 1)).eval()
     roughen(network)
@@ -46,7 +46,7 @@ def build_network(name: str, classes: int, head: str | None = None) -> Segmenter
 
 @torch.no_grad()
 def roughen(network: Segmenter) -> None:
-    """Move biases, norms and the head's statistics away from their 0 and 1."""
+    """Randomise biases, norms and the head's BatchNorm statistics."""
     for parameter in network.parameters():
         if parameter.ndim == 1:
             parameter += 0.1 * torch.randn_like(parameter)
@@ -57,7 +57,7 @@ def roughen(network: Segmenter) -> None:
 
 
 def build_ours(network: Segmenter) -> list[Alternative]:
-    """The network as it trains, and fused for inference where its head can be."""
+    """Return the network and, if its head can be fused for inference, the fused network."""
     found = [Alternative("ours", network, lambda image: _logits(network, image))]
     if isinstance(network.head, SegformerHead):
         fused = network.fuse()
@@ -66,7 +66,7 @@ def build_ours(network: Segmenter) -> list[Alternative]:
 
 
 def best_of_ours(names: Container[str]) -> str:
-    """The one that the others are compared with."""
+    """Name of the alternative that ratios refer to."""
     return "fused" if "fused" in names else "ours"
 
 
@@ -75,7 +75,7 @@ def _logits(network: Segmenter, image: Tensor) -> Tensor:
 
 
 def build_unfolded(network: Segmenter) -> list[Alternative]:
-    """Our encoder and the SegFormer head as its paper draws it."""
+    """Our encoder with the SegFormer head computed as in the paper."""
     if not isinstance(network.head, SegformerHead):
         raise UserError(f"--against unfolded, drawn-out: {network.name} has no SegFormer head")
     head = network.head
@@ -88,7 +88,7 @@ def build_unfolded(network: Segmenter) -> list[Alternative]:
 
 
 def build_drawn_out(network: Segmenter) -> list[Alternative]:
-    """The same with each attention matrix in memory: all of it as a first implementation has it."""
+    """Reference implementation: the head as in the paper, and attention matrices held in memory."""
     (unfolded,) = build_unfolded(network)
 
     def logits(image: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def build_drawn_out(network: Segmenter) -> list[Alternative]:
 
 @contextmanager
 def drawn_out_attention() -> Iterator[None]:
-    """Every attention of ours with its matrix in memory."""
+    """Compute attention with explicit matrices instead of fused kernels."""
     with (
         mock.patch.object(F, "scaled_dot_product_attention", explicit_attention),
         mock.patch.object(attention, "convolution_pays", return_value=False),
@@ -111,14 +111,14 @@ def drawn_out_attention() -> Iterator[None]:
 def explicit_attention(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """softmax(Q Kᵀ / √d) V with the matrix in memory."""
+    """Compute softmax(Q Kᵀ / √d) V with an explicit attention matrix."""
     assert dropout_p == 0
     scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     return scores.softmax(-1) @ value
 
 
 def draw_out(head: SegformerHead, features: Sequence[Tensor]) -> Tensor:
-    """SegFormer's decode head computed step by step: linear, upsample, concatenate deepest first, fuse, classify."""
+    """Compute SegFormer's decode head as in the paper: linear, upsample, concatenate deepest first, fuse, classify."""
     maps = []
     for name, feature in zip(head.linears, features, strict=True):
         tokens = head.get_submodule(name).proj(feature.flatten(2).transpose(1, 2))
@@ -129,7 +129,7 @@ def draw_out(head: SegformerHead, features: Sequence[Tensor]) -> Tensor:
 
 
 def build_transformers(network: Segmenter) -> list[Alternative]:
-    """The same SegFormer in Hugging Face's transformers."""
+    """Build the same SegFormer in Hugging Face's transformers."""
     library = _library("transformers", "transformers")
     encoder = _segformer_encoder(network, "transformers")
     config = library.SegformerConfig(
@@ -148,7 +148,7 @@ def build_transformers(network: Segmenter) -> list[Alternative]:
 
 
 def build_smp(network: Segmenter) -> list[Alternative]:
-    """The same SegFormer in segmentation_models.pytorch, as it is and without its last upsampling."""
+    """Build the same SegFormer in segmentation_models.pytorch, with and without its final upsampling."""
     library = _library("segmentation_models_pytorch", "smp")
     encoder = _segformer_encoder(network, "smp")
     model = library.Segformer(
@@ -178,7 +178,7 @@ def _library(module: str, option: str) -> Any:
 def _segformer_encoder(network: Segmenter, option: str) -> str:
     recipe = SEGMENTERS.get(network.name)
     if recipe is None or recipe.encoder not in VARIANTS or not isinstance(network.head, SegformerHead):
-        raise UserError(f"--against {option}: that library has no {network.name}; it has segformer_b0 to segformer_b5")
+        raise UserError(f"--against {option}: the library has no {network.name}, only segformer_b0 to segformer_b5")
     return recipe.encoder
 
 
@@ -195,22 +195,22 @@ AGAINST: dict[str, Callable[[Segmenter], list[Alternative]]] = {
 
 
 def build_alternatives(network: Segmenter, against: Sequence[str]) -> list[Alternative]:
-    """Ours first, then the others, all with the network's own weights."""
+    """Build ours and the other implementations, all with the same weights."""
     return [*build_ours(network), *(alternative for name in against for alternative in AGAINST[name](network))]
 
 
 def compare_logits(alternatives: Sequence[Alternative], image: Tensor) -> dict[str, float]:
-    """Largest distance of each from the first, relative to the largest logit.
+    """Maximum absolute difference of each from the first, relative to the largest logit.
 
     Raises:
-        UserError: one is further away than rounding explains, so that its time would mean nothing.
+        UserError: a difference exceeds rounding errors, so timings would not be comparable.
     """
     reference = alternatives[0].logits(image)
     distances = {}
     for name, _, logits in alternatives:
         got = logits(image)
         wanted = reference
-        if got.shape != wanted.shape:  # smp brings its logits to the image's size, corner to corner
+        if got.shape != wanted.shape:  # smp upsamples its logits to the image's size with align_corners=True
             wanted = F.interpolate(reference, size=got.shape[-2:], mode="bilinear", align_corners=True)
         distances[name] = ((got - wanted).abs().max() / wanted.abs().max()).item()
         if not distances[name] <= TOLERANCE:
@@ -225,7 +225,7 @@ def compare_logits(alternatives: Sequence[Alternative], image: Tensor) -> dict[s
 
 
 def forward(args: argparse.Namespace) -> None:
-    """Image to logits, beside other ways to compute the same logits."""
+    """Inference from image to logits, compared with other implementations of the same network."""
     device, dtype, found = measure.prepare(args)
     alternatives = build_alternatives(build_network(args.network, args.classes), args.against)
     best = best_of_ours([alternative.name for alternative in alternatives])
@@ -264,9 +264,9 @@ def forward(args: argparse.Namespace) -> None:
 
 
 def add(subparsers: Any) -> None:
-    """The subcommand's own arguments."""
+    """Add the subcommand and its arguments."""
     parser = measure.add_command(subparsers, forward)
-    parser.add_argument("--network", default="segformer_b0", help="any name that create_segmenter takes")
+    parser.add_argument("--network", default="segformer_b0", help="any name that create_segmenter accepts")
     measure.add_image_options(parser)
-    parser.add_argument("--against", nargs="*", default=[], choices=AGAINST, help="beside ours and ours fused")
-    parser.add_argument("--profile", action="store_true", help="also show where the fused forward spends its time")
+    measure.add_against_option(parser, AGAINST)
+    parser.add_argument("--profile", action="store_true", help="also profile the fused forward by operator")

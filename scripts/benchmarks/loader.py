@@ -1,4 +1,4 @@
-"""The subcommand ``loader``: training fed from PNG files on disk, beside the same training on tensors in memory."""
+"""The subcommand ``loader``: training on PNG files from disk, compared with training on tensors in memory."""
 
 import argparse
 import tempfile
@@ -21,7 +21,7 @@ from transkd.errors import UserError
 
 
 class Loop(NamedTuple):
-    """One way to go through the images once; ``step`` is None where they are loaded and no more."""
+    """One pass over the images; ``step`` is None if they are only loaded."""
 
     name: str
     batches: Iterable[Any]
@@ -30,14 +30,14 @@ class Loop(NamedTuple):
     workers: int = 0
 
     def __call__(self) -> None:
-        """Go through them."""
+        """Run the pass."""
         for image, target, *_ in self.batches:
             if self.step is not None:
                 self.step(image.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True).long())
 
 
 def loader(args: argparse.Namespace) -> None:
-    """Training from PNG files through the data module, beside the same steps on tensors in memory."""
+    """Training on PNG files by the data module, compared with the same steps on tensors in memory."""
     if min(args.workers) < 0:
         raise UserError(f"--workers must be 0 or more; got {min(args.workers)}")
     if args.images < args.batch:
@@ -56,7 +56,7 @@ def loader(args: argparse.Namespace) -> None:
         found["images_per_core_s"] = images_per_core_second(here)
         eager = Step(parts, dtype=dtype)
         arithmetic = {loop.name: loop._replace(batches=held, step=loop.step and eager) for loop in loops}
-        runs = {loop.name: loop for loop in loops}  # of many steps each, so that each is settled by itself
+        runs = {loop.name: loop for loop in loops}  # not settled: each run has many steps and warms up by itself
         costs = measure.measure_costs(runs, args, arithmetic=arithmetic, settled=False)
 
     count = len(held) * args.batch
@@ -69,7 +69,7 @@ def loader(args: argparse.Namespace) -> None:
 def describe(
     costs: Sequence[measure.Cost], loops: Sequence[Loop], count: int, found: dict[str, Any]
 ) -> tuple[str, str]:
-    """The table and the cores needed; both go into what was found, too."""
+    """Format the table and the number of cores needed; adds both to ``found``."""
     rates = [count / cost.median for cost in costs]
     each = [None if loop.step else rate / max(1, loop.workers) for loop, rate in zip(loops, rates, strict=True)]
     found["rows"] = [
@@ -82,14 +82,14 @@ def describe(
         for cost, rate, one in zip(costs, rates, each, strict=True)
     ]
     said = (
-        f"One core loads {found['images_per_core_s']:.1f} img/s (processor time), the steps alone take "
+        f"One core loads {found['images_per_core_s']:.1f} img/s (processor time), the steps alone process "
         f"{rates[0]:.1f} img/s: {found['cores_needed']:.2f} cores for loading"
     )
     return measure.as_markdown(("loop", "img/s", "img/s per worker", *measure.COSTS), rows), said
 
 
 def build_loops(args: argparse.Namespace, cfg: DictConfig, held: list[tuple[Tensor, Tensor]], step: Step) -> list[Loop]:
-    """Steps on tensors in memory, steps on what the loader gives, and the loader alone."""
+    """Steps on tensors in memory, steps on the loader's batches, and the loader without steps."""
     device = torch.device(args.device)
     loaders = {workers: build_loader(args, cfg, workers) for workers in args.workers}
     return [
@@ -100,7 +100,7 @@ def build_loops(args: argparse.Namespace, cfg: DictConfig, held: list[tuple[Tens
 
 
 def build_loader(args: argparse.Namespace, cfg: DictConfig, workers: int) -> DataLoader[Batch]:
-    """The data module's own loader of so many training images, several times where asked for."""
+    """Build the data module's loader of ``args.images`` training images, repeated ``args.passes`` times."""
     with mistakes_as_user_errors():
         data = instantiate(cfg.data, num_workers=workers)
         dataset = data.dataset("train")
@@ -109,20 +109,22 @@ def build_loader(args: argparse.Namespace, cfg: DictConfig, workers: int) -> Dat
 
 
 def images_per_core_second(batches: Iterable[Batch]) -> float:
-    """Images that one core loads in a second of its time, whatever else the machine does."""
+    """Images loaded per second of processor time, independent of other load on the machine."""
     before = time.process_time()
     images = sum(len(batch.image) for batch in batches)
     return images / (time.process_time() - before)
 
 
 def add(subparsers: Any) -> None:
-    """The subcommand's own arguments."""
+    """Add the subcommand and its arguments."""
     parser = measure.add_command(subparsers, loader, rounds=3)
     add_step_options(parser, several=False)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loading processes, a row each")
-    parser.add_argument("--data", default="acdc", help="of conf/data, in ACDC's layout: whose transform")
-    parser.add_argument("--root", type=Path, help="a folder in ACDC's layout; default: scenes drawn for it")
-    parser.add_argument("--images", type=int, default=16, help="frames to draw, or to take of --root")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of loader processes, one row each"
+    )
+    parser.add_argument("--data", default="acdc", help="entry of conf/data in ACDC's layout; determines the transform")
+    parser.add_argument("--root", type=Path, help="a folder in ACDC's layout; default: synthetic scenes")
+    parser.add_argument("--images", type=int, default=16, help="number of frames to generate, or to use from --root")
     parser.add_argument("--frame", type=int, nargs=2, default=(1080, 1920), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--passes", type=int, default=1, help="times that a round goes through the images")
+    parser.add_argument("--passes", type=int, default=1, help="passes over the images per round")

@@ -1,4 +1,4 @@
-"""What every measurement needs: turns, arithmetic, memory, the machine, tables, the command line that they share."""
+"""Shared by all measurements: timing in turns, FLOPs, memory, machine, tables, command-line options."""
 
 import argparse
 import ctypes
@@ -11,7 +11,7 @@ import shlex
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +25,9 @@ from transkd.training.memory import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
-COMPILED = ", compiled"  # ends the name of an alternative that another one is under torch.compile
+COMPILED = ", compiled"  # suffix of the name of an alternative that runs under torch.compile
 
-CALM = 0.1  # cores that other processes may take under --calm
+CALM = 0.1  # cores that other processes may use under --calm
 STAT = Path("/proc/stat")
 
 Run = Callable[[], Any]
@@ -36,13 +36,13 @@ Run = Callable[[], Any]
 def take_turns(
     runs: Mapping[str, Run], rounds: int, calm: bool = False, warmup: int = 2, settled: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of every run, by name: after the warm-up each has its turn in every round, in the order given.
+    """Measure the seconds of every run by name: after a warm-up, each runs once per round, in the given order.
 
-    In its turn each runs twice where ``settled``, and the second time counts: in use it follows its like, not an
-    alternative that left other things in the caches and holes of other sizes in memory.
+    With ``settled`` each runs twice and the second time counts. In practice a run follows one of its kind, not another
+    alternative that left different caches and a differently fragmented heap.
 
-    With ``calm`` a round waits until other processes leave the machine alone, and is repeated where they did not until
-    its end. What is thrown away is decided by their processor time, never by ours.
+    With ``calm`` a round waits until other processes are idle, and is repeated if they were not until its end. Only
+    their processor time decides which rounds are discarded, never our timings.
     """
     for _ in range(warmup):
         for run in runs.values():
@@ -69,14 +69,14 @@ def _seconds_of(run: Run, settled: bool) -> float:
 
 
 def now() -> float:
-    """Seconds of a clock, once the device has done what it was given."""
+    """Read the clock after synchronising with the device."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def wait_for_calm() -> None:
-    """Return once other processes have taken less than ``CALM`` of a core for a second."""
+    """Wait until other processes have used less than ``CALM`` cores for one second."""
     while True:
         before = others_seconds()
         time.sleep(1)
@@ -85,7 +85,7 @@ def wait_for_calm() -> None:
 
 
 def others_seconds() -> float:
-    """Processor time since the start that this process did not get: other processes' and, on a shared host, theirs."""
+    """Processor time used by other processes since boot, and on a shared host by other guests (steal time)."""
     try:
         user, nice, system, _, _, *interrupts_and_steal = map(int, STAT.read_text().split()[1:9])
     except OSError:
@@ -96,7 +96,7 @@ def others_seconds() -> float:
 
 
 def count_gflop(run: Run) -> float:
-    """Billions of floating-point operations in matrix products, convolutions and attention; 2 per multiply-add."""
+    """Count GFLOPs of matrix products, convolutions and attention; 2 per multiply-add."""
     formulas = {torch.ops.aten.convolution_backward: _convolution_backward_flop}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
@@ -106,22 +106,22 @@ def count_gflop(run: Run) -> float:
 def _convolution_backward_flop(
     grad: Sequence[int], image: Sequence[int], weight: Sequence[int], *settings: Any, **_: Any
 ) -> int:
-    """Each of the two gradients costs what the forward does; PyTorch's own formula forgets the groups of one."""
+    """FLOPs of a convolution's gradients, each equal to the forward; PyTorch's formula ignores groups in one."""
     transposed, mask = settings[4], settings[7]
     return sum(map(bool, mask[:2])) * conv_flop_count(image, weight, grad, transposed)
 
 
 def matmul_gflop_per_s(device: torch.device, dtype: torch.dtype, calm: bool = False, size: int = 2048) -> float:
-    """What the machine reaches in a plain product of two square matrices: a mark to read the other rates by."""
+    """Rate of a product of two square matrices on this machine, as a reference for the other rates."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = take_turns({"matmul": lambda: a @ b}, 5, calm)["matmul"]
     return 2 * size**3 / statistics.median(seconds) / 1e9
 
 
 def peak_memory_mb(run: Run, device: torch.device) -> float | None:
-    """Megabytes that a run takes at its peak on top of what is held before it; None where the system does not tell.
+    """Peak memory of a run in MB beyond what was allocated before it; None if the system does not report it.
 
-    On the CPU it is the growth of the process, the smaller of two: what the allocator kept in pieces adds to the first.
+    On a CPU it is the growth of the process, the smaller of two runs: heap fragmentation adds to the first.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -134,9 +134,9 @@ def peak_memory_mb(run: Run, device: torch.device) -> float | None:
 
 def _growth(run: Run) -> float | None:
     gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # what earlier runs freed is not resident any more
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # return freed memory to the system
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak to the current resident size
     except OSError:
         return None
     before = _resident("VmRSS")
@@ -145,7 +145,7 @@ def _growth(run: Run) -> float | None:
 
 
 def peak_allocated_mb(run: Run, device: torch.device) -> float:
-    """The same by PyTorch's own allocations, also on the CPU: exact for small tensors, blind to what is not its."""
+    """Peak memory by PyTorch's own allocations, also on a CPU: exact for small tensors, excludes other allocations."""
     if device.type == "cuda":
         return peak_memory_mb(run, device) or 0.0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -164,16 +164,16 @@ def _resident(field: str) -> float:
 
 
 class Cost(NamedTuple):
-    """What one alternative takes; times in seconds of one run."""
+    """Cost of one alternative; times in seconds per run."""
 
     name: str
     median: float
     minimum: float
     maximum: float
-    ratio: float  # its median over that of the reference
+    ratio: float  # median divided by that of the reference
     gflop: float
     gflop_per_s: float
-    peak_memory_mb: float | None  # beyond what is held before the run
+    peak_memory_mb: float | None  # beyond what was allocated before the run
     seconds: list[float]
 
 
@@ -181,7 +181,7 @@ COSTS = ("median s", "min–max s", "ratio", "peak MB", "GFLOP", "GFLOP/s")
 
 
 def cost_cells(cost: Cost) -> list[str]:
-    """The cells below ``COSTS``."""
+    """Cells of a row for the columns ``COSTS``."""
     digits = 3 if cost.minimum >= 0.1 else 4
     return [
         f"{cost.median:.{digits}f}",
@@ -201,16 +201,16 @@ def measure_costs(
     memory: Callable[[Run, torch.device], float | None] = peak_memory_mb,
     settled: bool = True,
 ) -> list[Cost]:
-    """Time, arithmetic and memory of every alternative.
+    """Measure time, FLOPs and memory of every alternative.
 
     Args:
         runs: the alternatives by name.
         args: the command line's rounds, calm and device.
-        reference: whom ratios refer to; the first where not given.
-        arithmetic: runs to count in place of those by the same names; what is ``COMPILED`` hides its arithmetic, and
-            the run of the same name without that is counted for it.
-        memory: how the peak is found.
-        settled: whether each is timed when it has just run.
+        reference: alternative that ratios refer to; by default the first.
+        arithmetic: runs for counting FLOPs instead of those of the same name. Compiled code hides its FLOPs, so for a
+            name that ends with ``COMPILED`` the run without that suffix is counted.
+        memory: function that measures peak memory.
+        settled: see ``take_turns``.
     """
     seconds = take_turns(runs, args.rounds, args.calm, settled=settled)
     base = statistics.median(seconds[reference or next(iter(runs))])
@@ -224,10 +224,10 @@ def measure_costs(
 
 
 def operator_shares(run: Run, device: torch.device, rounds: int = 3) -> dict[str, float]:
-    """Share of a run's time by operator, largest first; depth-wise convolutions stand apart from the others."""
+    """Share of a run's time by operator, largest first; depth-wise convolutions are listed separately."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    for _ in range(2):  # under the first one memory comes from the system, which clears it
+    for _ in range(2):  # discard the first: it includes page faults of new memory
         with profile(activities=activities, record_shapes=True) as profiler:
             for _ in range(rounds):
                 run()
@@ -242,14 +242,14 @@ def operator_shares(run: Run, device: torch.device, rounds: int = 3) -> dict[str
 
 
 def largest(shares: Mapping[str, float], count: int = 8) -> list[list[str]]:
-    """Rows of the largest shares, in percent, and one for all others."""
+    """Rows of the largest shares in percent, and one row for all others."""
     rows = [[name, f"{100 * share:.1f}"] for name, share in list(shares.items())[:count]]
     others = sum(list(shares.values())[count:])
     return [*rows, ["all others", f"{100 * others:.1f}"]] if others else rows
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, threads, versions, and how busy the machine was before the measurement."""
+    """Processor, threads, versions, and load average before the measurement."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -273,7 +273,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def say_machine(machine: Mapping[str, Any]) -> str:
-    """The machine in one line."""
+    """Describe the machine in one line."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items() if number)
     device = "" if machine["device"] == "cpu" else f"{machine['device']}, "
     cpu = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
@@ -281,7 +281,7 @@ def say_machine(machine: Mapping[str, Any]) -> str:
 
 
 def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that reads well as plain text too; the first column to the left, the others to the right."""
+    """Format a Markdown table with padded columns; the first is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [
@@ -291,15 +291,15 @@ def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-# The command line, from the options that all share to the report.
+# Command line and report
 
 
 def options(rounds: int = 10) -> argparse.ArgumentParser:
-    """What every subcommand takes."""
+    """Options of every subcommand."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--rounds", type=int, default=rounds, help="timed turns of each alternative")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds")
     parser.add_argument("--calm", action="store_true", help="measure only while other processes are idle (Linux)")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
+    parser.add_argument("--threads", type=int, help="number of CPU threads of PyTorch; default: its own choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
@@ -309,15 +309,17 @@ def options(rounds: int = 10) -> argparse.ArgumentParser:
         metavar="MODE",
         help="also measure ours under torch.compile, such as reduce-overhead (CUDA graphs)",
     )
-    parser.add_argument("--keep-memory", action="store_true", help="of the C library, as transkd.train does (Linux)")
-    parser.add_argument("--json", type=Path, help="write everything there too")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="keep freed memory in the process, as transkd.train does (Linux)"
+    )
+    parser.add_argument("--json", type=Path, help="also write all results to this file")
     return parser
 
 
 def add_command(
     subparsers: Any, function: Callable[[argparse.Namespace], None], rounds: int = 10
 ) -> argparse.ArgumentParser:
-    """A subcommand named and described as its function is."""
+    """Add a subcommand with the name and description of its function."""
     about = (function.__doc__ or "").splitlines()[0]
     parser: argparse.ArgumentParser = subparsers.add_parser(
         function.__name__, help=about, description=about, parents=[options(rounds)]
@@ -327,31 +329,42 @@ def add_command(
 
 
 def add_image_options(parser: argparse.ArgumentParser, size: tuple[int, int] = (512, 1024), batch: int = 1) -> None:
-    """Size, batch and classes."""
+    """Add options for image size, batch and number of classes."""
     parser.add_argument("--size", type=int, nargs=2, default=size, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--classes", type=int, default=19)
 
 
+def add_against_option(parser: argparse.ArgumentParser, choices: Iterable[str]) -> None:
+    """Add the option that names the alternatives."""
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        default=[],
+        choices=choices,
+        help="implementations to compare with; drawn-out is the reference implementation",
+    )
+
+
 def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, dict[str, Any]]:
-    """Threads, seed, device, number format, and the machine as the report begins with it."""
+    """Set threads and seed; return device, dtype and the description of the machine for the report."""
     if args.rounds < 1:
         raise UserError(f"--rounds must be at least 1; got {args.rounds}")
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.keep_memory and not keep_freed_memory():
-        raise UserError("--keep-memory is for glibc (Linux), which this C library is not; leave it out")
+        raise UserError("--keep-memory requires glibc (Linux); leave it out")
     torch.manual_seed(0)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here; take --device cpu")
+        raise UserError("--device cuda: PyTorch finds no GPU; use --device cpu")
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     found = {"machine": describe_machine(device), "matmul_gflop_per_s": matmul_gflop_per_s(device, dtype, args.calm)}
     return device, dtype, found
 
 
 def report(args: argparse.Namespace, title: str, found: Mapping[str, Any], *parts: str) -> None:
-    """Print the measurement and keep it where ``--json`` says: what was measured, the machine, tables and lines."""
-    rounds = f"{args.rounds} rounds" + (" while nothing else ran" if args.calm else "")
+    """Print the measurement, and write it to the file of ``--json``."""
+    rounds = f"{args.rounds} rounds" + (" while other processes were idle" if args.calm else "")
     print(f"{title}, {args.dtype}, {rounds}")
     print(say_machine(found["machine"]))
     print(f"{args.dtype} product of two 2048×2048 matrices: {found['matmul_gflop_per_s']:.0f} GFLOP/s")
@@ -362,7 +375,7 @@ def report(args: argparse.Namespace, title: str, found: Mapping[str, Any], *part
 
 
 def write_json(path: Path, args: argparse.Namespace, content: Mapping[str, Any]) -> None:
-    """Keep a measurement with the command line that made it."""
+    """Write a measurement with its command line."""
     settings = {name: value for name, value in vars(args).items() if name not in ("measure", "json", "command_line")}
     command = shlex.join(["python", "scripts/benchmark.py", *args.command_line])
     head = {"command": command, "date": str(datetime.date.today())}

@@ -1,4 +1,4 @@
-"""What happens at the labels' size, the upsampled cross-entropy and scoring, beside the plain way to compute it."""
+"""The subcommand ``score``: cross-entropy and evaluation at the labels' size, compared with plain PyTorch."""
 
 import argparse
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5  # relative
 
 
 class OurCrossEntropy:
-    """Value and gradient of transkd's own."""
+    """Value and gradient by transkd's ``TaskCrossEntropy``."""
 
     def __init__(self, compiled: str | None = None) -> None:
         term = TaskCrossEntropy(resolution="labels")
         self.term = torch.compile(term, mode=compiled) if compiled else term
 
     def __call__(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and its gradient on the logits."""
+        """Return the loss and its gradient with respect to the logits."""
         logits = logits.detach().requires_grad_()
         loss = self.term(SegmentationOutput(logits, (), (), logits), None, target)
         loss.backward()
@@ -34,7 +34,7 @@ class OurCrossEntropy:
 
 
 def plain_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Upsample, then compare: the loss, and its gradient on the logits."""
+    """Upsample the logits; return the loss and its gradient with respect to the logits."""
     logits = logits.detach().requires_grad_()
     upsampled = F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
     loss = F.cross_entropy(upsampled, target, ignore_index=255)
@@ -44,7 +44,7 @@ def plain_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def our_confusion(logits: Tensor, target: Tensor) -> Tensor:
-    """Confusion matrix [K, K] of transkd's own score at the labels' size."""
+    """Confusion matrix [K, K] by transkd's ``SegmentationScore`` at the labels' size."""
     score = SegmentationScore(logits.shape[1], "full-res").to(logits.device)
     score.update(logits, target)
     return score.confmat
@@ -52,7 +52,7 @@ def our_confusion(logits: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def plain_confusion(logits: Tensor, target: Tensor) -> Tensor:
-    """Upsample, take the largest, count."""
+    """Confusion matrix [K, K] by upsampling, argmax and torchmetrics."""
     upsampled = F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
     return multiclass_confusion_matrix(
         upsampled.argmax(1), target, logits.shape[1], ignore_index=255, validate_args=False
@@ -60,10 +60,10 @@ def plain_confusion(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def compare(logits: Tensor, target: Tensor) -> dict[str, float]:
-    """Distance between ours and the plain way.
+    """Differences between ours and plain PyTorch.
 
     Raises:
-        UserError: they do not compute the same, so that their times would mean nothing.
+        UserError: the results differ, so timings would not be comparable.
     """
     (loss, gradient), (plain_loss, plain_gradient) = (
         function(logits, target) for function in (OurCrossEntropy(), plain_cross_entropy)
@@ -84,7 +84,7 @@ def compare(logits: Tensor, target: Tensor) -> dict[str, float]:
 
 
 def score(args: argparse.Namespace) -> None:
-    """Upsampled cross-entropy with gradient, and scoring at full resolution; ours beside the plain way."""
+    """Upsampled cross-entropy with gradient, and evaluation at full resolution; compared with plain PyTorch."""
     device, dtype, found = measure.prepare(args)
     height, width = args.size
     logits = torch.randn(args.batch, args.classes, -(-height // 4), -(-width // 4)).to(device, dtype)
@@ -112,12 +112,12 @@ def score(args: argparse.Namespace) -> None:
 def measure_functions(
     what: str, ways: Mapping[str, Any], logits: Tensor, target: Tensor, args: argparse.Namespace
 ) -> list[measure.Cost]:
-    """Costs of ways to treat logits and labels; ratios are to the first."""
+    """Measure the costs of functions of logits and labels; ratios refer to the first."""
     runs = {f"{what}, {name}": lambda way=way: way(logits, target) for name, way in ways.items()}
     return measure.measure_costs(runs, args)
 
 
 def add(subparsers: Any) -> None:
-    """The subcommand's own arguments."""
+    """Add the subcommand and its arguments."""
     parser = measure.add_command(subparsers, score)
     measure.add_image_options(parser, size=(1024, 2048))

@@ -1,4 +1,4 @@
-"""The subcommand ``step``: a training step's cost, beside the same step computed in other ways."""
+"""The subcommand ``step``: cost of a training step, compared with other implementations of it."""
 
 import argparse
 import math
@@ -27,7 +27,7 @@ from transkd.errors import UserError
 
 
 def step(args: argparse.Namespace) -> None:
-    """One training step: forward of both networks, criterion, backward; beside the same step in other ways."""
+    """Training step (forward of both networks, criterion, backward), compared with other implementations."""
     check_sweep(args)
     device, dtype, found = measure.prepare(args)
     if device.type == "cuda":
@@ -48,13 +48,13 @@ def step(args: argparse.Namespace) -> None:
 
 
 def check_sweep(args: argparse.Namespace) -> None:
-    """A sweep is of ours alone."""
+    """Raise an error if a sweep is combined with alternatives."""
     if (args.sizes or args.batches) and (args.against or len(args.distill) > 1):
-        raise UserError("--sizes and --batches take one --distill and no --against: they measure ours alone")
+        raise UserError("--sizes and --batches take one --distill and no --against: they measure only ours")
 
 
 def parts_of(args: argparse.Namespace, distill: str, device: torch.device) -> Parts:
-    """Networks and criterion of one preset."""
+    """Build networks and criterion of one preset."""
     resolution = f"criterion.terms.task.term.resolution={args.resolution}"
     cfg = compose_config(args, distill, f"data.num_classes={args.classes}", resolution)
     return build_parts(cfg, device, args.optimizer)
@@ -63,7 +63,7 @@ def parts_of(args: argparse.Namespace, distill: str, device: torch.device) -> Pa
 def beside(
     args: argparse.Namespace, presets: Mapping[str, Parts], found: dict[str, Any], dtype: torch.dtype
 ) -> list[str]:
-    """A row for every preset and alternative; ratios are to the first."""
+    """Measure every preset and alternative, one row each; ratios refer to the first."""
     image, target = draw_batch(args.size, args.batch, args.classes, torch.device(args.device))
     steps: dict[str, Step] = {}
     differences: dict[str, Difference] = {}
@@ -92,7 +92,7 @@ def beside(
 
 
 def sweep(args: argparse.Namespace, parts: Parts, dtype: torch.dtype, found: dict[str, Any]) -> list[str]:
-    """A row for every size or batch, and how the cost grows with the pixels."""
+    """Measure every size or batch, one row each, and fit the growth of the cost with the number of pixels."""
     device = torch.device(args.device)
     sizes = args.sizes or [tuple(args.size)]
     batches = args.batches or [args.batch]
@@ -117,7 +117,7 @@ def sweep(args: argparse.Namespace, parts: Parts, dtype: torch.dtype, found: dic
 
 
 def exponent(pixels: Sequence[float], costs: Sequence[float]) -> float:
-    """E of cost ~ pixels^e, by least squares between the logarithms; NaN for a single point."""
+    """Exponent e of cost ~ pixels^e by least squares of the logarithms; NaN for a single point."""
     xs, ys = [math.log(value) for value in pixels], [math.log(value) for value in costs]
     x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
     spread = sum((x - x_mean) ** 2 for x in xs)
@@ -128,7 +128,7 @@ def exponent(pixels: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def profile(args: argparse.Namespace, ours: Step, batch: tuple[Tensor, Tensor], found: dict[str, Any]) -> list[str]:
-    """Where the time of ours goes: by operator and by part."""
+    """Profile our step by operator and by part."""
     if args.calm:
         measure.wait_for_calm()
     found["operators"] = measure.operator_shares(lambda: ours(*batch), torch.device(args.device))
@@ -140,7 +140,7 @@ def profile(args: argparse.Namespace, ours: Step, batch: tuple[Tensor, Tensor], 
 
 
 def part_shares(ours: Step, image: Tensor, target: Tensor, rounds: int) -> dict[str, float]:
-    """Share of a step's time in each network, each term, backward and the rest."""
+    """Share of a step's time in each network, each term, the backward pass and the rest."""
     spent: dict[str, float] = defaultdict(float)
 
     def spend(name: str, since: float) -> float:
@@ -170,7 +170,7 @@ def part_shares(ours: Step, image: Tensor, target: Tensor, rounds: int) -> dict[
 
 @contextmanager
 def timed(module: nn.Module, tell: Callable[[float], Any]) -> Iterator[None]:
-    """Tell when each forward of a module began, as soon as it ends."""
+    """Call ``tell`` after each forward of a module with the time at which it started."""
     starts: list[float] = []
     hooks = [
         module.register_forward_pre_hook(lambda *_: starts.append(measure.now())),
@@ -187,7 +187,7 @@ def timed(module: nn.Module, tell: Callable[[float], Any]) -> Iterator[None]:
 
 
 def size_of(text: str) -> tuple[int, int]:
-    """``512x1024`` as height and width."""
+    """Parse ``512x1024`` as height and width."""
     try:
         height, width = map(int, text.lower().replace("×", "x").split("x"))
     except ValueError:
@@ -196,13 +196,15 @@ def size_of(text: str) -> tuple[int, int]:
 
 
 def add(subparsers: Any) -> None:
-    """The subcommand's own arguments."""
+    """Add the subcommand and its arguments."""
     parser = measure.add_command(subparsers, step)
     add_step_options(parser, several=True)
     measure.add_image_options(parser, batch=2)
-    parser.add_argument("--resolution", choices=("logits", "labels"), default="labels", help="of the cross-entropy")
-    parser.add_argument("--against", nargs="*", default=[], choices=AGAINST, help="the same step in other ways")
+    parser.add_argument(
+        "--resolution", choices=("logits", "labels"), default="labels", help="resolution of the cross-entropy"
+    )
+    measure.add_against_option(parser, AGAINST)
     sweeps = parser.add_mutually_exclusive_group()
-    sweeps.add_argument("--sizes", type=size_of, nargs="+", metavar="HEIGHTxWIDTH", help="a row each, for ours alone")
-    sweeps.add_argument("--batches", type=int, nargs="+", metavar="BATCH", help="a row each, for ours alone")
-    parser.add_argument("--profile", action="store_true", help="also show where our step spends its time")
+    sweeps.add_argument("--sizes", type=size_of, nargs="+", metavar="HEIGHTxWIDTH", help="one row each, only ours")
+    sweeps.add_argument("--batches", type=int, nargs="+", metavar="BATCH", help="one row each, only ours")
+    parser.add_argument("--profile", action="store_true", help="also profile our step by operator and part")

@@ -1,4 +1,4 @@
-"""What each term of conf/term costs: its value and gradient, beside the task's cross-entropy."""
+"""The subcommand ``terms``: cost of value and gradient of each term, compared with the task's cross-entropy."""
 
 import argparse
 import functools
@@ -21,7 +21,7 @@ TASK = "task"
 
 CLASSES, SIZE = 19, (512, 1024)
 STUDENT, TEACHER = (32, 64, 160, 256), (64, 128, 320, 512)  # MiT-B0 and MiT-B2
-# settings without which a term cannot meet these outputs, stated in docs/losses.md
+# settings that a term requires for these outputs, see docs/losses.md
 SETTINGS = {"isrd": {"ratio": 4}}
 SAME_WIDTHS = {"wecolora"}
 
@@ -29,7 +29,7 @@ Pair = tuple[SegmentationOutput, SegmentationOutput, Tensor]
 
 
 class Term(NamedTuple):
-    """One file of conf/term, built."""
+    """Term built from a file of conf/term, with outputs to compute it on."""
 
     name: str
     module: nn.Module
@@ -38,11 +38,11 @@ class Term(NamedTuple):
     pair: Pair
 
 
-@functools.cache  # the terms share what they are shown
+@functools.cache  # all terms share the outputs
 def draw_pair(
     student: tuple[int, ...], teacher: tuple[int, ...], size: tuple[int, ...], batch: int = 1, classes: int = CLASSES
 ) -> Pair:
-    """Outputs of two networks that were never there, and labels with a part to ignore."""
+    """Random outputs of a student and a teacher, and labels of which a part is ignored."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -63,7 +63,7 @@ def draw_pair(
 
 
 def build(path: Path, size: Sequence[int] = SIZE, batch: int = 1, classes: int = CLASSES) -> Term:
-    """Build one file's term, and drawn outputs for it."""
+    """Build the term of a file, and random outputs for it."""
     lines = path.read_text(encoding="utf-8").splitlines()
     entry = OmegaConf.merge(OmegaConf.load(path), {"term": SETTINGS.get(path.stem, {})})
     student = TEACHER if path.stem in SAME_WIDTHS else STUDENT
@@ -80,7 +80,7 @@ def build(path: Path, size: Sequence[int] = SIZE, batch: int = 1, classes: int =
 def learning(
     term: nn.Module, pair: Pair, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Callable[[], None]:
-    """A run of a term's value and gradient for a pair of outputs, bfloat16 under autocast; no gradient is left."""
+    """Return a function that computes value and gradient of a term; bfloat16 uses autocast; gradients are cleared."""
     device = torch.device(device)
     student, teacher = (_to(output, device) for output in pair[:2])
     target = pair[2].to(device)
@@ -106,7 +106,7 @@ def _to(output: SegmentationOutput, device: torch.device) -> SegmentationOutput:
 
 
 def measure_terms(chosen: Mapping[str, Term], args: argparse.Namespace, dtype: torch.dtype) -> list[measure.Cost]:
-    """The task's cross-entropy at label size, then every term; ratios are to the first."""
+    """Measure the task's cross-entropy at label size, then every term; ratios refer to the first."""
     device = torch.device(args.device)
     task_pair = draw_pair(STUDENT, TEACHER, tuple(args.size), args.batch, args.classes)
     runs = {TASK: learning(TaskCrossEntropy(), task_pair, device, dtype)}
@@ -119,7 +119,7 @@ def measure_terms(chosen: Mapping[str, Term], args: argparse.Namespace, dtype: t
 
 
 def terms(args: argparse.Namespace) -> None:
-    """Value and gradient of each distillation term, beside the task's cross-entropy at label size."""
+    """Value and gradient of each distillation term, compared with the task's cross-entropy at label size."""
     _, dtype, found = measure.prepare(args)
     chosen = {name: build(TERMS[name], args.size, args.batch, args.classes) for name in args.names}
     costs = measure_terms(chosen, args, dtype)
@@ -133,7 +133,7 @@ def terms(args: argparse.Namespace) -> None:
 
 
 def add(subparsers: Any) -> None:
-    """The subcommand's own arguments."""
+    """Add the subcommand and its arguments."""
     parser = measure.add_command(subparsers, terms)
     measure.add_image_options(parser)
     parser.add_argument("--names", nargs="+", default=list(TERMS), choices=TERMS, metavar="TERM", help="default: all")

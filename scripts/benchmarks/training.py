@@ -1,6 +1,6 @@
-"""One training step as the distiller does it, and the same with the choices of a first implementation.
+"""Training step as the Distiller computes it, and alternatives up to a reference implementation.
 
-The alternatives differ in how the same loss and gradients are computed; they hold the same student and criterion.
+All alternatives compute the same loss and gradients, with the same student and criterion.
 """
 
 import argparse
@@ -32,20 +32,20 @@ from transkd.training.compilation import compile_in_place
 from transkd.training.device import Device
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative
-# of compiled steps, compared as they are timed: TensorFloat-32 or bfloat16, sums in another order
+# for compiled steps, compared as they are timed: TensorFloat-32 or bfloat16, and another order of summation
 COMPILED_TOLERANCE = {torch.float32: (1e-3, 2e-2), torch.bfloat16: (1e-2, 1e-1)}
-CORNER = (256, 512)  # of at most two images, on which gradients are compared
+CORNER = (256, 512)  # crop of at most two images for comparing gradients
 
 CHOICES = ("teacher-graph", "unfolded", "explicit-attention", "plain-layers", "plain-cross-entropy")
 AGAINST = {"drawn-out": CHOICES, **{choice: (choice,) for choice in (*CHOICES, "checkpointing")}}
-"""What ``--against`` names, and the choices that it stands for."""
+"""Names for ``--against`` and the choices that each combines; drawn-out is the reference implementation."""
 
 
-# The networks and the criterion, as transkd.train composes and builds them.
+# Networks and criterion, composed and built as by transkd.train
 
 
 class Parts(NamedTuple):
-    """What a training step is made of; the teacher is None where no term reads one."""
+    """Parts of a training step; the teacher is None if no term reads it."""
 
     student: Network
     teacher: Network | None
@@ -53,13 +53,13 @@ class Parts(NamedTuple):
     optimizer: Optimizer | None
 
     def trained(self) -> list[nn.Parameter]:
-        """What the optimizer trains: the student and what the terms own."""
+        """Parameters of student and terms that require grad."""
         return [p for part in (self.student, self.criterion) for p in part.parameters() if p.requires_grad]
 
 
 @contextlib.contextmanager
 def mistakes_as_user_errors() -> Iterator[None]:
-    """A name or a value that Hydra does not take, in one line."""
+    """Convert errors of Hydra about names and values to one-line user errors."""
     try:
         yield
     except Exception as error:
@@ -70,16 +70,16 @@ def mistakes_as_user_errors() -> Iterator[None]:
 
 
 def compose_config(args: argparse.Namespace, distill: str, *overrides: str) -> DictConfig:
-    """The configuration of ``python -m transkd.train`` with these settings."""
+    """Compose the configuration of ``python -m transkd.train`` with these settings."""
     given = [f"student={args.student}", f"teacher={args.teacher}", f"distill={distill}", "run_dir=."]
     with mistakes_as_user_errors(), initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", [*given, *overrides])
 
 
 def build_parts(cfg: DictConfig, device: torch.device, optimizer: bool = False) -> Parts:
-    """Networks at random weights and the criterion, in training mode, without dropout and stochastic depth.
+    """Build networks with random weights and the criterion, in training mode, without dropout and stochastic depth.
 
-    Every network is roughened: a bias or norm in the wrong place would go unseen at 0 and 1.
+    Biases and norms are randomised: with 0 and 1 an error in them would not show.
     """
     torch.manual_seed(0)
     with mistakes_as_user_errors():
@@ -97,34 +97,34 @@ def build_parts(cfg: DictConfig, device: torch.device, optimizer: bool = False) 
 
 
 def leave_nothing_out(module: nn.Module) -> None:
-    """No dropout and no stochastic depth: they would be drawn differently in each alternative."""
+    """Disable dropout and stochastic depth, as their random numbers would differ between alternatives."""
     for part in module.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
+        if isinstance(part, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
             part.p = 0.0
         elif isinstance(part, DropPath):
             part.drop_prob = 0.0
 
 
 def draw_batch(size: Sequence[int], batch: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images uint8 [B, 3, H, W] and labels int64 [B, H, W], a tenth of them 255."""
+    """Random images uint8 [B, 3, H, W] and labels int64 [B, H, W], a tenth of them 255."""
     image = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
     target = torch.randint(0, classes, (batch, *size))
     target[torch.rand(target.shape) < 0.1] = 255
     return image.to(device), target.to(device)
 
 
-# The choices.
+# Choices
 
 
 class Unfolded(nn.Module):
-    """A network whose SegFormer head is computed as its paper draws it, with the head's own parameters."""
+    """Network with its SegFormer head computed as in the paper, with the same parameters."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, image: Tensor, needs: Collection[str] = EVERYTHING) -> SegmentationOutput:
-        """What the network shows."""
+        """Run the network."""
         network = self.network
         image = network.normalise(image)
         features, embeddings = network.encoder.forward_stages(image)
@@ -134,7 +134,7 @@ class Unfolded(nn.Module):
 
 @contextlib.contextmanager
 def gradient_into(output: SegmentationOutput) -> Iterator[None]:
-    """Make the terms' ``detach`` leave the teacher's tensors alone, so that backward goes through the teacher too."""
+    """Make ``detach`` return the teacher's tensors unchanged, so that the backward pass includes the teacher."""
     shown = {id(tensor) for tensor in (output.logits, *output.features, *output.embeddings)}
     detach = Tensor.detach
     with mock.patch.object(Tensor, "detach", lambda tensor: tensor if id(tensor) in shown else detach(tensor)):
@@ -142,29 +142,29 @@ def gradient_into(output: SegmentationOutput) -> Iterator[None]:
 
 
 def plain_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor, ignore: int) -> Tensor:
-    """The cross-entropy at the labels' size as PyTorch has it: upsample all of the logits, then compare."""
+    """Cross-entropy at the labels' size in plain PyTorch, on fully upsampled logits."""
     logits = F.interpolate(logits, size=target.shape[-2:], mode="bilinear", align_corners=False)
     return F.cross_entropy(logits, target, weights, ignore_index=ignore)
 
 
-# The step.
+# Step
 
 
 class Step:
-    """One training step: forward of both networks, criterion, backward, the optimizer's step where there is one.
+    """Training step: forward of both networks, criterion, backward, and the optimizer's step if there is one.
 
     Args:
-        parts: shared by the alternatives, which therefore have the same weights.
-        choices: of ``CHOICES``; without any it is what ``Distiller`` does. ``teacher-graph`` neither freezes
-            the teacher nor spares its head, and backward goes through it; ``unfolded`` draws out both decode heads;
-            ``explicit-attention`` holds each attention matrix in memory; ``plain-layers`` computes
-            linear layers by ``F.linear`` and leaves weights as PyTorch lays them out; ``plain-cross-entropy``
-            upsamples the logits to the labels' size in one piece. One more is none of a first
-            implementation: ``checkpointing`` lets the student compute its activations again in the backward pass.
-        compiled: the mode of ``torch.compile`` in which networks and terms are compiled, as ``transkd.train`` does it,
-            in a copy of the parts; None for none.
-        dtype: bfloat16 computes the step under autocast; the weights stay as they are.
-        whole: compile each network in one piece, not in regions.
+        parts: shared by the alternatives, so that they have the same weights.
+        choices: from ``CHOICES``; without any the step is that of ``Distiller``. ``teacher-graph`` does not freeze the
+            teacher, computes its head and includes it in the backward pass; ``unfolded`` computes both decode heads as
+            in the paper; ``explicit-attention`` holds each attention matrix in memory; ``plain-layers`` uses
+            ``F.linear`` and contiguous weights; ``plain-cross-entropy`` upsamples all logits to the labels' size at
+            once. ``checkpointing`` (not part of the reference implementation) recomputes the student's activations in
+            the backward pass.
+        compiled: mode of ``torch.compile`` for networks and terms, as in ``transkd.train``, in a copy of the parts;
+            None does not compile.
+        dtype: bfloat16 computes the step under autocast; weights keep their dtype.
+        whole: compile each network as a whole, not in regions.
     """
 
     def __init__(
@@ -197,12 +197,12 @@ class Step:
         self.teacher = teacher if graph else FrozenTeacher(teacher, cast_once=not compiled)
 
     def __call__(self, image: Tensor, target: Tensor) -> None:
-        """The whole step; no gradient is left."""
+        """Run the whole step and clear the gradients."""
         self.backward(self.loss(image, target))
         self.update()
 
     def loss(self, image: Tensor, target: Tensor, autocast: bool = True) -> Tensor:
-        """The criterion's total."""
+        """Compute the criterion's total."""
         with contextlib.ExitStack() as stack:
             if autocast and self.dtype != torch.float32:
                 stack.enter_context(torch.autocast(image.device.type, self.dtype))
@@ -229,22 +229,22 @@ class Step:
         return output
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of everything that is trained."""
+        """Compute the gradients of all trained parameters."""
         loss.backward()
 
     def update(self) -> None:
-        """The optimizer's step, and the gradients away."""
+        """Run the optimizer's step and clear the gradients."""
         if self.parts.optimizer is not None:
             self.parts.optimizer.step()
         for module in self.modules():
             module.zero_grad()
 
     def modules(self) -> list[nn.Module]:
-        """Student, criterion and, where there is one, teacher."""
+        """Student, criterion and, if there is one, teacher."""
         return [module for module in (self.student, self.criterion, self.teacher) if module is not None]
 
     def gradients(self, image: Tensor, target: Tensor, autocast: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """The loss, and the gradients of everything that is trained."""
+        """Return the loss and the gradients of all trained parameters."""
         loss = self.loss(image, target, autocast)
         self.backward(loss)
         found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parts.trained()]
@@ -254,7 +254,7 @@ class Step:
 
     @contextlib.contextmanager
     def repeatable(self, dtype: torch.dtype) -> Iterator[None]:
-        """Weights in another format, random numbers and the criterion's state from one start, and all as it was."""
+        """Convert weights to a dtype and fix the seed; restore dtype and the criterion's state afterwards."""
         state = copy.deepcopy(self.parts.criterion.state_dict())
         torch.manual_seed(0)
         try:
@@ -268,7 +268,7 @@ class Step:
 
 
 def build_steps(parts: Parts, against: Sequence[str], compiled: str | None, dtype: torch.dtype) -> dict[str, Step]:
-    """Ours first, then the alternatives by name."""
+    """Build our step, then the alternatives by name."""
     for choice in (choice for name in against for choice in AGAINST[name]):
         check_choice(parts, choice)
     steps = {"ours": Step(parts, dtype=dtype)}
@@ -278,7 +278,7 @@ def build_steps(parts: Parts, against: Sequence[str], compiled: str | None, dtyp
 
 
 def check_choice(parts: Parts, choice: str) -> None:
-    """A choice that these parts do not leave is a mistake."""
+    """Raise an error if a choice does not apply to these parts."""
     for network in filter(None, (parts.student, parts.teacher)):
         drawable = isinstance(network, Segmenter) and isinstance(network.head, SegformerHead)
         if choice == "unfolded" and not drawable:
@@ -288,25 +288,25 @@ def check_choice(parts: Parts, choice: str) -> None:
 
 
 Outcome = tuple[Tensor, list[Tensor]]
-"""Of a step: its loss and its gradients."""
+"""Loss and gradients of a step."""
 
 
 class Difference(NamedTuple):
-    """Between a step and ours, relative."""
+    """Relative differences between a step and ours."""
 
     loss: float
-    gradient: float  # of all gradients together, by their norm
+    gradient: float  # norm over all gradients
 
 
 def compare(steps: Mapping[str, Step], image: Tensor, target: Tensor) -> dict[str, Difference]:
-    """How far each step is from the first.
+    """Differences of each step from the first.
 
-    Gradients are compared in float64: in float32 the rounding decides on which side of its kink one ReLU in a million
-    falls, and on drawn images and labels, whose gradients cancel, that alone is up to 1e-3 of their norm. A compiled
-    step is compared with ours as both are timed: it would be compiled anew for another type or size.
+    Gradients are compared in float64: in float32 rounding decides the sign of about one ReLU input in a million. With
+    random images and labels most gradients cancel, and this alone is up to 1e-3 of their norm. A compiled step is
+    compared with ours as both are timed, since another dtype or size would be compiled again.
 
     Raises:
-        UserError: one is further away than rounding explains, so that its time would mean nothing.
+        UserError: a difference exceeds rounding errors, so timings would not be comparable.
     """
     height, width = CORNER
     corner, its_target = image[:2, :, :height, :width].double() / 255, target[:2, :height, :width]
@@ -336,7 +336,7 @@ def compare(steps: Mapping[str, Step], image: Tensor, target: Tensor) -> dict[st
 
 
 def difference(found: Outcome, expected: Outcome) -> Difference:
-    """Of loss and gradients, relative to what is expected."""
+    """Differences of loss and gradients, relative to the expected values."""
     loss = (found[0] - expected[0]).abs() / expected[0].abs()
     return Difference(loss.item(), (distance(found[1], expected[1]) / norm(expected[1])).item())
 
@@ -344,7 +344,7 @@ def difference(found: Outcome, expected: Outcome) -> Difference:
 def check_difference(
     name: str, difference: Difference, loss: float = LOSS_TOLERANCE, gradient: float = GRADIENT_TOLERANCE
 ) -> None:
-    """Refuse what does not compute the same."""
+    """Raise an error if a step does not compute the same."""
     if not (difference.loss <= loss and difference.gradient <= gradient):
         raise UserError(
             f"{name} does not compute the same step: its loss is {difference.loss:.1e} away from ours and its "
@@ -355,7 +355,7 @@ def check_difference(
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """No TensorFloat-32, which would hide small mistakes behind its own rounding."""
+    """Disable TensorFloat-32, as its rounding errors would hide small mistakes."""
     precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -367,19 +367,19 @@ def exact_products() -> Iterator[None]:
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all numbers together."""
+    """Euclidean norm over all tensors."""
     return torch.stack([tensor.norm() for tensor in tensors]).norm()
 
 
 def distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    """Euclidean distance of all numbers together."""
+    """Euclidean distance over all tensors."""
     return norm([one - other for one, other in zip(ours, theirs, strict=True)])
 
 
 def add_step_options(parser: Any, several: bool) -> None:
-    """Which networks, which terms."""
-    parser.add_argument("--teacher", default="segformer_b2", help="of conf/teacher")
-    parser.add_argument("--student", default="segformer_b0", help="of conf/student")
+    """Add options for networks and terms."""
+    parser.add_argument("--teacher", default="segformer_b2", help="entry of conf/teacher")
+    parser.add_argument("--student", default="segformer_b0", help="entry of conf/student")
     many: dict[str, Any] = {"nargs": "+", "default": ["transkd_base"]} if several else {"default": "transkd_base"}
-    parser.add_argument("--distill", **many, help="of conf/distill" + (", a row each" if several else ""))
-    parser.add_argument("--optimizer", action="store_true", help="with the optimizer's step (AdamW)")
+    parser.add_argument("--distill", **many, help="entry of conf/distill" + (", one row each" if several else ""))
+    parser.add_argument("--optimizer", action="store_true", help="include the optimizer's step (AdamW)")

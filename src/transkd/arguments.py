@@ -1,4 +1,4 @@
-"""Arguments in a configuration against the annotations of what they are passed to."""
+"""Check arguments in a configuration against the annotations of the callables they are passed to."""
 
 import collections.abc
 from pathlib import Path
@@ -19,12 +19,12 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 def check_arguments(cfg: DictConfig) -> None:
-    """Check the types of plain values under every ``_target_`` of ours, before anything is built.
+    """Check the types of plain values for every ``_target_`` in transkd, before anything is built.
 
-    Ranges are checked by the classes themselves. Arguments of Lightning, PyTorch and Albumentations are theirs.
+    Ranges are checked by the classes themselves; arguments of other libraries are not checked.
 
     Raises:
-        UserError: names the argument and says what it takes.
+        UserError: an argument has the wrong type; names it and what is allowed.
     """
     cfg = cfg.copy()
     if "channels" in cfg:
@@ -47,7 +47,7 @@ def _walk(key: str, value: Any) -> None:
 def _check(key: str, target: str, values: dict[str, Any]) -> None:
     try:
         called = get_object(target)
-    except Exception:  # Hydra says it better when it builds this
+    except Exception:  # Hydra reports it better when it builds the object
         return
     hints = get_type_hints(called.__init__ if isinstance(called, type) else called)  # type: ignore[misc]
     for name, value in values.items():
@@ -62,7 +62,7 @@ def _check(key: str, target: str, values: dict[str, Any]) -> None:
 
 
 def _is_plain(annotation: Any) -> bool:
-    """Whether a YAML value can be judged by this annotation."""
+    """Whether a plain YAML value can be checked against this annotation."""
     for option, _ in type_options(annotation):
         origin = get_origin(option)
         if origin in LISTS:
@@ -74,5 +74,5 @@ def _is_plain(annotation: Any) -> bool:
 
 
 def _as_python(value: Any) -> Any:
-    """A list as a tuple, which strict types take for both tuples and sequences."""
+    """Convert lists to tuples, which strict pydantic types accept as tuple and as sequence."""
     return tuple(map(_as_python, value)) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What the commands share: finding conf/, running under Hydra, turning a user's mistake into one clear message."""
+"""Shared by the commands: path of conf/, start under Hydra, one-line messages for user errors."""
 
 import os
 import re
@@ -20,17 +20,17 @@ from transkd.settings import ProcessSettings
 __all__ = ["CONF", "hydra_command"]
 
 PACKAGE = Path(__file__).parent
-# Inside a wheel the tree lies in the package, in a checkout at the top of the repository.
+# A wheel has conf/ inside the package, a checkout at the top of the repository.
 CONF = next((path for path in (PACKAGE / "conf", PACKAGE.parents[1] / "conf") if path.is_dir()), PACKAGE / "conf")
 
 
 def hydra_command(
     config_name: str, settings: type[ProcessSettings]
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Make ``main(cfg)`` a command: composed by Hydra from ``conf/<config_name>.yaml``, user errors on one line.
+    """Make ``main(cfg)`` a command: Hydra composes ``conf/<config_name>.yaml``, user errors are printed on one line.
 
-    The configuration is checked against ``settings`` before ``main`` imports torch. A bug keeps its traceback; so does
-    everything when the user sets HYDRA_FULL_ERROR=1.
+    The configuration is checked against ``settings`` before ``main`` imports torch. Other errors keep their traceback,
+    and with HYDRA_FULL_ERROR=1 so do user errors.
     """
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -50,12 +50,12 @@ def hydra_command(
                     os.environ["HYDRA_FULL_ERROR"] = wish
 
             def job(cfg: DictConfig) -> None:
-                with mistakes_explained():  # inside the job too, where Hydra would add a line of its own
+                with mistakes_explained():  # also inside the job: Hydra would add a line to the message
                     import_plugins(settings.read(cfg).plugins)
                     main(cfg)
 
             with mistakes_explained():
-                os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing and exiting itself
+                os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them and exiting
                 hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)()
 
         return command
@@ -64,10 +64,10 @@ def hydra_command(
 
 
 def import_plugins(names: Iterable[str]) -> None:
-    """Import a user's own modules before anything is built: they enter networks and protocols in our registers.
+    """Import a user's modules before anything is built, so that they can register networks and protocols.
 
     Raises:
-        UserError: no such module; an error inside of one keeps its traceback.
+        UserError: a module does not exist; errors raised inside a module keep their traceback.
     """
     for name in names:
         try:
@@ -77,17 +77,17 @@ def import_plugins(names: Iterable[str]) -> None:
                 raise
             raise UserError(
                 f"plugins=[{name}]: there is no module {error.name} to import; install it, or start the command in the "
-                "folder that holds it"
+                "folder that contains it"
             ) from error
 
 
 def explain(error: BaseException) -> str | None:
-    """The message for a mistake of the user's, None for anything else."""
+    """Return the message of a user error, None for any other error."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     for cause in causes:
-        if isinstance(cause, UserError):  # a loading process hands its error on with its traceback before it
+        if isinstance(cause, UserError):  # errors of DataLoader workers have their traceback as a prefix
             return str(cause).rsplit("transkd.errors.UserError: ", 1)[-1].strip()
     for cause in causes:
         if isinstance(cause, MissingMandatoryValue | InterpolationKeyError):
@@ -128,12 +128,12 @@ def _unknown_target(target: str, key: str) -> str:
 
 
 def _alternatives(name: str, names: Sequence[str]) -> str:
-    """The end of a sentence: the nearest of the names there are, and all of them."""
+    """End of a message: the closest name and all names."""
     near = get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     return f"{hint} There are: {', '.join(names)}." if names else hint
 
 
 def save_resolved(cfg: DictConfig, path: Path) -> None:
-    """Write a config with every reference filled in."""
+    """Write a configuration with all interpolations resolved."""
     path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Score a network: ``python -m transkd.evaluate weights=student.safetensors +experiment=acdc protocol=full-res``."""
+"""Evaluate a network: ``python -m transkd.evaluate weights=student.safetensors +experiment=acdc protocol=full-res``."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @hydra_command("evaluate", EvaluateSettings)
 def main(cfg: "DictConfig") -> None:
-    """Compose, then evaluate; torch is imported only once the configuration stands."""
+    """Run the evaluation; torch is imported only after the configuration has been checked."""
     from transkd.training.evaluation import evaluate
 
     evaluate(cfg)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @hydra_command("export", ExportSettings)
 def main(cfg: "DictConfig") -> None:
-    """Compose, then export; torch is imported only once the configuration stands."""
+    """Run the export; torch is imported only after the configuration has been checked."""
     from transkd.deploy.exporting import export
 
     export(ExportSettings.read(cfg))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @hydra_command("predict", PredictSettings)
 def main(cfg: "DictConfig") -> None:
-    """Compose, then predict; torch is imported only once the configuration stands."""
+    """Run the prediction; torch is imported only after the configuration has been checked."""
     from transkd.deploy.predicting import predict
     from transkd.training.process import prepare_process
 

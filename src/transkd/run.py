@@ -1,4 +1,4 @@
-"""One training run, from a composed configuration to a deployable student."""
+"""A training run, from a composed configuration to a deployable student."""
 
 import logging
 import time
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> None:
-    """Build everything, train, score, and write the run's folder."""
+    """Build everything, train, evaluate, and write the run's folder."""
     started = time.time()
     settings = TrainSettings.read(cfg)
     check_arguments(cfg)
@@ -79,7 +79,7 @@ def run(cfg: DictConfig) -> None:
     merge_lora(student)
     deployed = Path(settings.run_dir) / "student.safetensors"
     if trainer.is_global_zero:
-        save_segmenter(student, deployed, **notes)  # before scoring, which may fail
+        save_segmenter(student, deployed, **notes)  # before evaluation, since that may fail
     scores = score(student, data, settings.protocol, build.build_side_trainer(cfg), device)
     if trainer.is_global_zero:
         facts = {
@@ -97,34 +97,42 @@ def run(cfg: DictConfig) -> None:
 
 
 def adapt(student: Network, lora: LoraSettings) -> None:
-    """Add low-rank terms to the student where that was asked for."""
+    """Add LoRA to the student if configured."""
     if lora.rank is not None:
         add_lora(student, lora.rank, lora.train, lora.keep_drop_path)
 
 
 def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Parts:
-    """Build data, networks and terms, and refuse what can be told to fail before anything long."""
+    """Build data, networks and terms, and run all checks that need no training.
+
+    Raises:
+        UserError: the data, a network, a term or a schedule is wrong.
+    """
     data: SegmentationDataModule = instantiate(cfg.data)
-    student = build.build_student(cfg, settings.student, settings.license_policy)  # first: it depends on no teacher
+    student = build.build_student(
+        cfg, settings.student, settings.license_policy
+    )  # first, so that its random weights do not depend on the teacher
     teacher = build.build_teacher(cfg)
     criterion = build.build_criterion(cfg, student.channels, teacher.channels if teacher is not None else ())
     device.lay_out(student, teacher, criterion)
     if getattr(rank_zero_only, "rank", 0) == 0:
         save_resolved(cfg, Path(settings.run_dir) / "config.yaml")
         data.prepare_data()
-    data.dataset("train"), data.dataset("val")  # a mistake in the data shows here
+    data.dataset("train"), data.dataset("val")  # raises for missing or wrong data
     log_sizes(student, criterion, settings.student.lora)
     check_schedules(criterion, data, settings.trainer.max_epochs, settings.trainer.accumulate_grad_batches)
-    used = criterion.ever_needs or settings.student.from_teacher  # else all weights of its terms are 0
+    used = (
+        criterion.ever_needs or settings.student.from_teacher
+    )  # false if all terms that read the teacher have weight 0
     return Parts(data, student, teacher if used else None, criterion)
 
 
 def start_student(
     cfg: DictConfig, settings: TrainSettings, parts: Parts, device: Device, resumed: bool
 ) -> dict[str, Any] | None:
-    """Give the student its first weights from the teacher, and score it before any step; gives what results.json holds.
+    """Initialise the student from the teacher and evaluate it before training; return an entry for results.json.
 
-    A resumed run takes its weights from the checkpoint, and the teacher's normalisation alone.
+    A resumed run loads the student's weights from the checkpoint later, and copies only the teacher's normalisation.
     """
     data, student, teacher, _ = parts
     assert teacher is not None
@@ -136,7 +144,7 @@ def start_student(
     images = calibration_images(data, solve.images, solve.folder, settings.seed)
     teacher.to(device.local)
     report = inherit(teacher, student, images, how, seed=settings.seed, progress=settings.trainer.enable_progress_bar)
-    teacher.cpu()  # Lightning moves it again
+    teacher.cpu()  # Lightning moves it to the device later
     log.info("student: %s", report.summary())
     if not teaching.can_be_scored(student, data):
         return report.as_dict()
@@ -146,7 +154,7 @@ def start_student(
 
 
 def freeze_teacher(settings: TrainSettings, parts: Parts, device: Device) -> FrozenTeacher:
-    """The teacher as the terms read it."""
+    """Freeze the teacher and, depending on ``teacher.standardise``, standardise its features."""
     assert parts.teacher is not None
     frozen = FrozenTeacher(parts.teacher, parts.criterion.ever_needs, cast_once=device.compile_mode is None)
     parts.teacher.to(device.local)
@@ -164,7 +172,7 @@ def freeze_teacher(settings: TrainSettings, parts: Parts, device: Device) -> Fro
 def prepare_teacher(
     cfg: DictConfig, settings: TrainSettings, network: Network, data: SegmentationDataModule, device: Device
 ) -> tuple[dict[str, Any], Scores | None]:
-    """Give the teacher its weights, training it first where that is asked for, and score it."""
+    """Load the teacher's weights, train it first if it has none and that is configured, and evaluate it."""
     source: str | Path | None = settings.teacher.weights
     if source is None:
         task = cfg.criterion.terms.task.term
@@ -190,7 +198,7 @@ def fit_teacher(
     device: Device,
     path: Path,
 ) -> None:
-    """Train the teacher under the student's recipe and keep it for later runs with the same settings."""
+    """Train the teacher with the student's recipe and store it for later runs with the same settings."""
     epochs = settings.teacher.fit.max_epochs
     log.info("teacher: training %s for %d epochs first", network.name, epochs)
     task = build.build_task(cfg)
@@ -205,9 +213,9 @@ def fit_teacher(
         notes = {"experiment": f"{settings.name}, teacher", "eval_transform": serialise(data.eval_transform)}
         save_segmenter(network, path, data.classes, **notes)
     trainer.strategy.barrier("teacher saved")
-    log.info("teacher: kept as %s; later runs with the same settings use it", path)
+    log.info("teacher: stored as %s; later runs with the same settings use it", path)
 
 
 def serialise(transform: Any) -> dict[str, Any] | None:
-    """An Albumentations composition as JSON holds it, so that a file of weights can carry its preprocessing."""
+    """Convert an Albumentations composition to JSON values, to store the preprocessing with the weights."""
     return transform.to_dict() if transform is not None else None

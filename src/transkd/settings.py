@@ -1,8 +1,7 @@
-"""Every setting of ours with its type and range, checked before anything is built.
+"""Types and ranges of all settings of transkd, checked before anything is built.
 
-A command reads its composed configuration into one of the classes at the end of this file; from there on typed values
-are handed on, not the configuration. What belongs to Lightning, PyTorch or Albumentations is ``Any`` here, except where
-a mistake costs hours.
+A command reads its composed configuration into one of the classes below; the code behind it gets typed values instead
+of the configuration. Arguments of Lightning, PyTorch and Albumentations are ``Any``, except where a mistake is costly.
 """
 
 import math
@@ -31,7 +30,7 @@ __all__ = [
 AUTO_WEIGHT = re.compile(r"auto\((.+)\)")
 
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
-"""Text; a number typed on the command line is the text of it."""
+"""Text; a number from the command line is converted to text."""
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -52,19 +51,19 @@ def _is_weight(value: Any) -> float | str:
 
 
 class Settings(BaseModel):
-    """Base of all groups: strict types, no NaN and no infinity, unknown keys are left to whoever added them."""
+    """Base class of all groups: strict types, no NaN or infinity; unknown keys are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", frozen=True)
 
     @classmethod
     def read(cls, cfg: DictConfig) -> Self:
-        """Check a composed configuration and give its values.
+        """Check a composed configuration and return its values.
 
         Raises:
-            UserError: a value of another type or out of its range; names the setting and says what is allowed.
+            UserError: a value has the wrong type or is out of range; names the setting and what is allowed.
         """
         cfg = cfg.copy()
-        if "channels" in cfg:  # known once the networks are built
+        if "channels" in cfg:  # determined when the networks are built
             cfg.channels = {"student": [], "teacher": []}
         values = OmegaConf.to_container(cfg, resolve=True)
         try:
@@ -74,7 +73,7 @@ class Settings(BaseModel):
 
 
 class LoraSettings(Settings):
-    """Low-rank terms beside the weights that the student starts from."""
+    """LoRA of the student's initial weights."""
 
     rank: Positive | None = None
     train: list[str] = ["head"]
@@ -82,14 +81,14 @@ class LoraSettings(Settings):
 
 
 class SolveSettings(Settings):
-    """The images on which a student is solved from its teacher."""
+    """Images to solve a student from its teacher on."""
 
     images: Positive = 64
     folder: Text | None = None
 
 
 class StudentSettings(Settings):
-    """Where the student starts and how it is trained."""
+    """Network, initialisation and training of the student."""
 
     network: dict[str, Any]
     weights: Text | None = None
@@ -103,14 +102,14 @@ class StudentSettings(Settings):
 
 
 class TeacherFitSettings(Settings):
-    """The teacher's own training in the same run."""
+    """Training of the teacher in the same run."""
 
     max_epochs: Count = 0
     folder: Text = "outputs/teachers"
 
 
 class TeacherSettings(Settings):
-    """Where the teacher's weights come from and what is asked of them."""
+    """Network, weights and required quality of the teacher."""
 
     network: dict[str, Any]
     weights: Text | None = None
@@ -121,7 +120,7 @@ class TeacherSettings(Settings):
 
 
 class OptimSettings(Settings):
-    """Optimizer and schedule; both are built by Hydra."""
+    """Optimizer and schedule; Hydra builds both."""
 
     optimizer: dict[str, Any]
     scheduler: dict[str, Any] | None = None
@@ -130,7 +129,7 @@ class OptimSettings(Settings):
 
 
 class DataSettings(Settings):
-    """What every data module of ours has; one of a user's own may lack any of it."""
+    """Settings shared by our data modules; a user's data module may lack any of them."""
 
     batch_size: Positive = 1
     eval_batch_size: Positive = 1
@@ -149,13 +148,13 @@ class TermSettings(Settings):
 
 
 class CriterionSettings(Settings):
-    """The weighted terms."""
+    """Weighted terms by name."""
 
     terms: Annotated[dict[str, TermSettings], AfterValidator(_has_task)]
 
 
 class TrainerSettings(Settings):
-    """Those of Lightning's arguments that a mistake in costs hours."""
+    """Arguments of Lightning's Trainer in which a mistake costs hours."""
 
     max_epochs: Annotated[int, Field(ge=-1)] | None = None
     accumulate_grad_batches: Positive = 1
@@ -167,7 +166,7 @@ class TrainerSettings(Settings):
 
 
 class ProcessSettings(Settings):
-    """What every command that runs a network has."""
+    """Settings shared by all commands that run a network."""
 
     keep_freed_memory: bool = True
     license_policy: Literal["any", "commercial"] = "any"
@@ -226,7 +225,7 @@ class ExportSettings(ProcessSettings):
 
 
 def _without_missing(value: Any) -> Any:
-    """Leave out what the user still has to give (``???``), which is reported as missing where it is needed."""
+    """Remove mandatory values that are not given (``???``); pydantic then reports required ones as missing."""
     if isinstance(value, dict):
         return {key: _without_missing(part) for key, part in value.items() if part != "???"}
     return value
@@ -245,7 +244,7 @@ PLAIN = {
 
 
 def _one_line(error: ValidationError, settings: type[Settings]) -> str:
-    """The first wrong setting: its name as on the command line, what came, what is allowed."""
+    """Describe the first wrong setting: its name on the command line, its value, what is allowed."""
     first = error.errors()[0]
     path, allowed = _find(first["loc"], settings)
     name = ".".join(path)
@@ -261,7 +260,7 @@ def _is_word(value: Any) -> bool:
 
 
 def _find(location: tuple[int | str, ...], settings: type[Settings]) -> tuple[list[str], Any]:
-    """The keys of a location and what is allowed there; pydantic adds a union's member, which is no key."""
+    """Keys of a location and the annotation there; skips names of union members, which pydantic adds."""
     keys: list[str] = []
     allowed: Any = settings
     for part in location:
@@ -274,7 +273,7 @@ def _find(location: tuple[int | str, ...], settings: type[Settings]) -> tuple[li
 
 
 def _inside(annotation: Any, key: int | str) -> Any:
-    """The annotation of a key below another; None where there is no such key."""
+    """Annotation of a key within another annotation; None if there is no such key."""
     for option, _ in type_options(annotation):
         if isinstance(option, type) and issubclass(option, BaseModel) and key in option.model_fields:
             field = option.model_fields[str(key)]
@@ -285,7 +284,7 @@ def _inside(annotation: Any, key: int | str) -> Any:
 
 
 def type_options(annotation: Any, limits: tuple[Any, ...] = ()) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The members of a union, each with the limits that ``Annotated`` puts on it."""
+    """Members of a union, each with its limits from ``Annotated``."""
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
         return type_options(inner, (*limits, *more))
@@ -295,7 +294,7 @@ def type_options(annotation: Any, limits: tuple[Any, ...] = ()) -> list[tuple[An
 
 
 def describe_type(annotation: Any) -> str:
-    """What is allowed, in words."""
+    """Describe in words what an annotation allows."""
     return " or ".join(_describe_option(option, limits) for option, limits in type_options(annotation))
 
 

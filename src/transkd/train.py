@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @hydra_command("train", TrainSettings)
 def main(cfg: "DictConfig") -> None:
-    """Compose, then hand over; torch and Lightning are imported only once the configuration stands."""
+    """Run the training; torch and Lightning are imported only after the configuration has been checked."""
     from transkd.run import run
 
     run(cfg)

@@ -260,7 +260,7 @@ def test_torch_program_folded(run, network, tmp_path):
 
 @pytest.mark.parametrize("form", ["hf", "safetensors"])
 def test_only_graphs_are_folded(run, tmp_path, form):
-    assert "fuse=true is for format=onnx" in run(form, "fuse=true")
+    assert "fuse=true requires format=onnx" in run(form, "fuse=true")
     assert not (tmp_path / "out").exists()
 
 
@@ -368,9 +368,9 @@ def test_a_folder_of_somebody_else_is_refused(run, tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "bert"}')
-    assert "holds other files, which are not overwritten" in run("hf", output=folder)
+    assert "contains other files, which are not overwritten" in run("hf", output=folder)
     assert [path.name for path in tmp_path.rglob("*")] == ["models", "config.json"]
-    assert "there is a folder" in run("safetensors", output=folder)
+    assert "a folder has that name" in run("safetensors", output=folder)
     assert "is a file; format=hf writes a folder" in run("hf", output=folder / "config.json")
 
 
@@ -399,7 +399,7 @@ def test_a_commercial_policy_refuses_non_commercial_weights(run, tmp_path):
     ("arguments", "message"),
     [
         (["format=tflite"], "unknown format=tflite; there are: onnx, hf, torch, safetensors"),
-        (["format=torch", "output=student.pt"], "format=torch wants a file that ends in .pt2"),
+        (["format=torch", "output=student.pt"], "format=torch requires a file name with suffix .pt2"),
         (["format=onnx", "output=student.onnx", "opset=17"], "opset=17 is too old"),
         (["format=onnx", "output=student.onnx", "weights=nowhere.pth"], "weights file not found: nowhere.pth"),
     ],

@@ -1,1 +1,1 @@
-"""Using a trained student: segmenting images, exporting to the formats of other libraries."""
+"""Use of a trained student: prediction on images, export to formats of other libraries."""

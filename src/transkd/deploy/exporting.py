@@ -1,4 +1,4 @@
-"""Exporting a network: written in another format, read back, compared, and only then put in place."""
+"""Export a network to another format; the file is read back and compared before it is moved into place."""
 
 import json
 from importlib.util import find_spec
@@ -23,11 +23,15 @@ from transkd.settings import ExportSettings
 __all__ = ["export"]
 
 REAL_IMAGES = 4
-MOST_PIXELS = 1024 * 1024  # of a real image in the check; a larger one is shrunk
+MOST_PIXELS = 1024 * 1024  # larger real images are downscaled for the check
 
 
 def export(settings: ExportSettings) -> None:
-    """Write the network in another format, compare what was written with it, and only then put it in place."""
+    """Export the network, compare the export with it, and then move it into place.
+
+    Raises:
+        UserError: the format is unknown or lacks a package, the outputs differ, or ``output`` cannot be written.
+    """
     output = Path(settings.output).expanduser().absolute()
     with staged(output, is_folder=settings.format == "hf") as stage:
         summary = write_checked(settings, stage / output.name)
@@ -36,17 +40,17 @@ def export(settings: ExportSettings) -> None:
 
 
 def write_checked(settings: ExportSettings, path: Path) -> str:
-    """Write to ``path`` and beside it, read that back and hold it against the network; gives what to tell the user."""
+    """Write ``path`` and its description, read it back and compare it with the network; return a summary."""
     if settings.format not in FORMATS:
         raise UserError(f"unknown format={settings.format}; there are: {', '.join(FORMATS)}")
     form = FORMATS[settings.format]
     if not path.name.endswith(form.suffix):
         raise UserError(
-            f"format={settings.format} wants a file that ends in {form.suffix}, got output={settings.output}"
+            f"format={settings.format} requires a file name with suffix {form.suffix}, got output={settings.output}"
         )
     if settings.fuse and not form.normalises:
         raise UserError(
-            f"fuse=true is for format=onnx and format=torch; format={settings.format} holds the plain network"
+            f"fuse=true requires format=onnx or format=torch; format={settings.format} stores the unfused network"
         )
     _check_packages(settings.format, form)
 
@@ -58,7 +62,7 @@ def write_checked(settings: ExportSettings, path: Path) -> str:
     options = {"opset": settings.opset} if settings.format == "onnx" else {}
     with writing(Path(str(settings.output))):
         form.write(network.fuse() if settings.fuse else network, card, path, **options)
-        if settings.format != "hf":  # there preprocessor_config.json is it
+        if settings.format != "hf":  # hf describes it in preprocessor_config.json
             content = json.dumps(_preprocessing(path.name, settings.format, form, card), indent=2) + "\n"
             beside(path).write_text(content, encoding="utf-8")
     exported = form.open(path)
@@ -77,7 +81,7 @@ def _check_packages(name: str, form: Format) -> None:
 
 
 def _preprocessing(name: str, format: str, form: "Format", card: dict[str, Any]) -> dict[str, Any]:
-    """All that a program must know to feed the network and to read what it gives."""
+    """Describe inputs, preprocessing and outputs for programs that run the network."""
     return {
         "model": name,
         "format": format,
@@ -105,7 +109,7 @@ def _preprocessing(name: str, format: str, form: "Format", card: dict[str, Any])
 
 
 def _real_images(pattern: str | None, minimum: int) -> Images:
-    """A few of the user's images, or a drawn road scene."""
+    """Load a few of the user's images, or a synthetic road scene if none are given."""
     if pattern is None:
         return [("drawn scene", draw_scene(np.random.default_rng(0), 192, 384, "rain")[0])]
     try:
@@ -117,7 +121,7 @@ def _real_images(pattern: str | None, minimum: int) -> Images:
 
 
 def _bounded(image: Pixels, minimum: int) -> Pixels:
-    """An image at its own size, unless the network does not take that or the check would take long."""
+    """Resize an image that is too small for the network or too large for a quick check."""
     height, width = image.shape[:2]
     scale = max(min(1.0, (MOST_PIXELS / (height * width)) ** 0.5), minimum / min(height, width))
     if scale == 1:

@@ -1,4 +1,4 @@
-"""Whether an exported network computes what the original does."""
+"""Compare an exported network with the original."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,11 +15,17 @@ from transkd.pictures import Pixels
 __all__ = ["Difference", "Images", "check_parity"]
 
 Images = list[tuple[str, Pixels]]
-"""Images [H, W, 3] by what a table calls them."""
+"""Pairs of a name and an image [H, W, 3]."""
 
 
 class Difference(NamedTuple):
-    """How far the exported network is from ours on one batch."""
+    """Differences between the exported and the original network on one batch.
+
+    Attributes:
+        images: name and size of the batch.
+        logits: largest absolute difference of a logit.
+        agreement: share of pixels with the same class.
+    """
 
     images: str
     logits: float
@@ -34,22 +40,22 @@ def check_parity(
     tolerance: float,
     format: str,
 ) -> None:
-    """Run both networks on random and on real images, print the differences, and hold them to ``tolerance``.
+    """Run both networks on random and real images, print the differences and compare them with ``tolerance``.
 
     Args:
-        network: ours, in eval.
-        run: the exported one, see ``transkd.models.storage.exporting.Exported``.
-        images: real images by what the table calls them.
-        minimum: smallest height and width that the export takes; a square of it is among the random images.
-        tolerance: largest difference of a logit.
-        format: for the messages.
+        network: the original, in eval mode.
+        run: the exported network, see ``transkd.models.storage.exporting.Exported``.
+        images: names and real images.
+        minimum: smallest height and width that the export accepts; one random image is a square of this size.
+        tolerance: largest permitted absolute difference of a logit.
+        format: name of the format for messages.
 
     Raises:
-        UserError: they differ by more, or the exported network does not run.
+        UserError: they differ by more, or the exported network fails.
     """
     random = torch.Generator().manual_seed(0)
     batches: list[tuple[str, Tensor]] = []
-    for height, width in ((minimum, minimum), (96, 160), (75, 133)):  # the last is divided by no stride
+    for height, width in ((minimum, minimum), (96, 160), (75, 133)):  # the last is not divisible by any stride
         for count in (1, 2):
             image = torch.randint(256, (count, 3, height, width), generator=random, dtype=torch.uint8)
             batches.append(("random", image))
@@ -64,10 +70,11 @@ def check_parity(
                 ours, theirs = network(image, needs={"logits"}).logits, run(image)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"the exported network does not run on {name} images {size}: {reason}") from error
+            raise UserError(f"the exported network fails on {name} images {size}: {reason}") from error
         if ours.shape != theirs.shape:
             raise UserError(
-                f"the exported network gives {list(theirs.shape)} for {name} images {size}, not {list(ours.shape)}"
+                f"the exported network returns {list(theirs.shape)} for {name} images {size}, expected "
+                f"{list(ours.shape)}"
             )
         same = (ours.argmax(1) == theirs.argmax(1)).float().mean().item()
         differences.append(Difference(f"{name} {size}", (ours - theirs).abs().max().item(), same))
@@ -77,9 +84,7 @@ def check_parity(
     failed = [difference for difference in differences if not difference.logits <= tolerance]  # catches NaN too
     if failed:
         worst = max(failed, key=lambda difference: (difference.logits != difference.logits, difference.logits))
-        inherent = (
-            "; transformers computes LayerNorm with another ε (1e-5) than SegFormer (1e-6)" if format == "hf" else ""
-        )
+        inherent = "; transformers uses ε = 1e-5 in LayerNorm, SegFormer 1e-6" if format == "hf" else ""
         raise UserError(
             f"format={format} differs from the network by {worst.logits:.2e} in a logit ({worst.images}, "
             f"{100 * worst.agreement:.3f} % of pixels in the same class), tolerance={tolerance:g}{inherent}; "

@@ -1,4 +1,4 @@
-"""Segmenting images with a trained network."""
+"""Segment images with a trained network."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ __all__ = ["predict", "segment"]
 
 
 def segment(network: Segmenter, image: Pixels, transform: Any = None) -> Pixels:
-    """Class ids [H, W] of an image [H, W, 3], at the image's own size whatever the transform does."""
+    """Predict class ids [H, W] of an image [H, W, 3]; they have the image's size also if the transform resizes it."""
     pixels = transform(image=image)["image"] if transform is not None else image
     tensor = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].to(network.mean.device)
     ids: Pixels = network.predict(tensor, image.shape[:2])[0].to(torch.uint8).cpu().numpy()
@@ -26,7 +26,7 @@ def segment(network: Segmenter, image: Pixels, transform: Any = None) -> Pixels:
 
 
 def predict(settings: PredictSettings) -> None:
-    """Write class ids, colours and overlays of every image; an unreadable one is named at the end.
+    """Write class ids, colours and overlays of every image; unreadable images are skipped and reported at the end.
 
     Raises:
         UserError: there is no image, or some could not be read.

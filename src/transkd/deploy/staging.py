@@ -1,4 +1,4 @@
-"""Writing an export into place only once it is complete and checked."""
+"""Write an export to a temporary folder and move it into place once it is complete and checked."""
 
 import json
 import os
@@ -15,10 +15,10 @@ __all__ = ["beside", "staged", "writing"]
 
 @contextmanager
 def staged(output: Path, is_folder: bool) -> Iterator[Path]:
-    """A temporary folder beside ``output``; what lies in it at the end moves into place, after an error nothing does.
+    """Yield a temporary folder next to ``output``; on success its contents are moved into place, on error deleted.
 
     Raises:
-        UserError: ``output`` cannot be written, or is something that is not ours to replace; before anything is made.
+        UserError: ``output`` cannot be written, or exists and is not an export; before anything is created.
     """
     with writing(output):
         _check_replaceable(output, is_folder)
@@ -37,7 +37,7 @@ def staged(output: Path, is_folder: bool) -> Iterator[Path]:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
         for folder in made:
-            with suppress(OSError):  # not there, or not empty by now
+            with suppress(OSError):  # missing, or no longer empty
                 folder.rmdir()
 
 
@@ -47,9 +47,9 @@ def _check_replaceable(output: Path, is_folder: bool) -> None:
         raise UserError(f"cannot write {output}: {ancestor} is a file; choose another output=…")
     if not is_folder:
         if output.is_dir() or beside(output).is_dir():
-            raise UserError(f"cannot write the file {output}: there is a folder; name a file in output=…")
+            raise UserError(f"cannot write the file {output}: a folder has that name; give a file name in output=…")
     elif output.is_dir() and any(output.iterdir()) and not _is_export(output):
-        raise UserError(f"{output} holds other files, which are not overwritten; choose a new or empty folder")
+        raise UserError(f"{output} contains other files, which are not overwritten; choose a new or empty folder")
     elif output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; format=hf writes a folder")
 
@@ -63,7 +63,7 @@ def _is_export(folder: Path) -> bool:
 
 @contextmanager
 def writing(output: Path) -> Iterator[None]:
-    """Turn what the system refuses into one line that names the output."""
+    """Convert an OSError to a user error that names the output."""
     try:
         yield
     except OSError as error:
@@ -71,7 +71,7 @@ def writing(output: Path) -> Iterator[None]:
 
 
 def _replace(new: Path, target: Path, aside: Path) -> None:
-    """Move a file or folder over another; a folder that is replaced goes ``aside`` first, and back if that fails."""
+    """Replace ``target`` by a file or folder; an old folder is moved to ``aside`` first, and restored on failure."""
     if target.is_dir():
         os.replace(target, aside)
     try:
@@ -83,5 +83,5 @@ def _replace(new: Path, target: Path, aside: Path) -> None:
 
 
 def beside(output: Path) -> Path:
-    """Where the description of a file's preprocessing lies."""
+    """Path of the file that describes the preprocessing."""
     return output.with_suffix(".preprocess.json")

@@ -1,4 +1,4 @@
-"""Layers and operations that networks and terms share, each computed the quickest way for its device: torch alone."""
+"""Layers and operations shared by networks and terms, each with a fast path per device; imports torch alone."""
 
 from transkd.layers.attention import attend
 from transkd.layers.patch_embedding import OverlapPatchEmbedding, init_vision_weights

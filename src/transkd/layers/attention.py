@@ -1,4 +1,4 @@
-"""Attention of tokens to the tokens of a shrunk map, as MiT and LVT have it, computed in the quickest way there is."""
+"""Attention with spatially reduced keys and values, as in MiT and LVT, with fast paths for float32."""
 
 import torch
 import torch.nn.functional as F
@@ -8,19 +8,18 @@ from transkd.layers.token_linear import ONEDNN, convolved_row
 
 __all__ = ["attend"]
 
-BLOCKS = 256  # of work at once, for a GPU with about half as many multiprocessors
-SCORES = 2**19  # at once on a CPU, so that they stay in its cache; for fewer in an image PyTorch's own way is quicker
+BLOCKS = 256  # thread blocks to launch at least, about two per multiprocessor of a current GPU
+SCORES = 2**19  # scores per chunk on a CPU, to fit its cache; below that per image PyTorch's kernel is faster
 
 
 def attend(query: Tensor, pair: Tensor, heads: int) -> Tensor:
-    """``softmax(Q Kᵀ / √d) V`` in each head, the heads side by side.
+    """``softmax(Q Kᵀ / √d) V`` in each head, outputs of the heads concatenated.
 
-    That is ``F.scaled_dot_product_attention``, with two exceptions (docs/performance.md): in training on a GPU in
-    float32 the queries are cut into parts, and on a CPU in float32, where nobody wants a gradient, the products run as
-    1×1 convolutions.
+    Calls ``F.scaled_dot_product_attention``, with two exceptions in float32 (docs/performance.md): in training on a GPU
+    the queries are split into parts, and on a CPU without gradients the products are computed as 1×1 convolutions.
 
     Args:
-        query: [B, N, C], the heads' channels side by side.
+        query: [B, N, C], channels of the heads concatenated.
         pair: keys and values [B, M, 2·C].
         heads: number of heads; d = C / heads.
 
@@ -34,7 +33,7 @@ def attend(query: Tensor, pair: Tensor, heads: int) -> Tensor:
     if convolution_pays(query, pair, heads):
         return torch.stack([_convolved(*image, heads) for image in zip(query, pair, strict=True)])
     shape, parts = query.shape, query_parts(query, heads, pair.shape[1])
-    if parts > 1:  # each part sees all keys, as an image of its own
+    if parts > 1:  # move the parts into the batch dimension; each attends to all keys
         query, pair = query.reshape(len(query) * parts, -1, shape[2]), pair.repeat_interleave(parts, dim=0)
     query = torch.unflatten(query, 2, (heads, -1)).transpose(1, 2)
     key, value = torch.unflatten(pair, 2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
@@ -42,10 +41,10 @@ def attend(query: Tensor, pair: Tensor, heads: int) -> Tensor:
 
 
 def query_parts(query: Tensor, heads: int, keys: int) -> int:
-    """Into how many parts to cut the queries [B, N, C] so that the backward pass of attention keeps a GPU busy.
+    """Number of parts to split the queries [B, N, C] into, so that the backward pass of attention occupies a GPU.
 
-    In float32 PyTorch shares it out over blocks of 64 keys, each of which goes through all queries of its image and
-    head; where keys come from a shrunk map there are few blocks.
+    PyTorch's float32 backward launches one thread block per image, head and 64 keys, and each loops over all queries.
+    With spatially reduced keys these are too few blocks.
     """
     if query.device.type != "cuda" or query.dtype != torch.float32 or not query.requires_grad:
         return 1
@@ -56,18 +55,18 @@ def query_parts(query: Tensor, heads: int, keys: int) -> int:
 
 
 def convolution_pays(query: Tensor, pair: Tensor, heads: int) -> bool:
-    """Whether attention is wanted as ``_convolved`` computes it, a third quicker: MKL multiplies in PyTorch's."""
+    """Whether to use ``_convolved``: on a CPU without gradients, oneDNN is a third faster than PyTorch's MKL."""
     if torch.is_grad_enabled() and (query.requires_grad or pair.requires_grad):
         return False
     traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if traced or torch.compiler.is_compiling():  # which would write the loop out for one size
+    if traced or torch.compiler.is_compiling():  # a trace would unroll the loop for one size
         return False
     usable = ONEDNN and query.device.type == "cpu" and query.dtype == torch.float32
     return usable and heads * query.shape[1] * pair.shape[1] >= SCORES
 
 
 def _convolved(query: Tensor, pair: Tensor, heads: int) -> Tensor:
-    """The attention of one image as 1×1 convolutions with a group for each head: [N, C] to [N, C]."""
+    """Attention of one image as 1×1 convolutions with one group per head: [N, C] to [N, C]."""
     key, value = torch.unflatten(pair, 1, (2, heads, -1)).unbind(1)  # [M, heads, d]
     keys, _, width = key.shape
     scores_of = (key * width**-0.5).transpose(0, 1).reshape(heads * keys, width)

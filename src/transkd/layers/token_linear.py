@@ -1,4 +1,4 @@
-"""Linear layers of tokens, shared by encoders and terms."""
+"""Linear layers on tokens, shared by encoders and terms."""
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,13 @@ ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-c
 
 
 def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, on a CPU as a 1×1 convolution over an image of one row.
+    """``F.linear``; on a CPU computed as a 1×1 convolution over an image of one row.
 
-    oneDNN, which computes PyTorch's convolutions there, adds the bias in the same pass, and on processors without
-    Intel's name it is twice as fast as the MKL behind ``F.linear`` (docs/performance.md).
+    PyTorch's CPU convolutions use oneDNN, which fuses the bias and on processors other than Intel's is twice as fast
+    as MKL, used by ``F.linear`` (docs/performance.md).
 
     Args:
-        x: [..., in], tokens best side by side in memory.
+        x: [..., in]; fastest if contiguous.
         weight: [out, in].
         bias: [out].
 
@@ -33,14 +33,14 @@ def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def convolved_row(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-    """Tokens [..., in] to [..., out] as a convolution; weight [out, in / groups], each group for its own channels."""
+    """Apply a linear layer to tokens [..., in] as a grouped 1×1 convolution; weight [out, in / groups]."""
     row = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, in, 1, tokens], channels-last
     row = F.conv2d(row, weight[:, :, None, None], bias, groups=groups)
     return row.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 class TokenLinear(nn.Linear):
-    """``nn.Linear`` computed by ``token_linear``; parameters, names and start are those of ``nn.Linear``.
+    """``nn.Linear`` computed by ``token_linear``; parameters, names and initialisation are those of ``nn.Linear``.
 
     Example:
         >>> TokenLinear(4, 6)(torch.zeros(2, 5, 4)).shape

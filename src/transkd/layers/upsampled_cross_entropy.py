@@ -1,4 +1,4 @@
-"""Cross-entropy of upsampled logits, band by band: neither they nor their gradient exist at the labels' full size."""
+"""Cross-entropy of upsampled logits, band by band: neither logits nor gradient are stored at the labels' size."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,34 +12,34 @@ from transkd.layers.upsampling import products_pay, resize_matrix
 
 __all__ = ["upsampled_cross_entropy"]
 
-# One band is alive at a time: on a CPU an 8th of the plain way's largest tensor; on a GPU, which few and large
-# kernels keep busy, as few bands as make 400 MB each in float32.
+# Only one band is in memory at a time. A CPU gets 8 bands; a GPU prefers few, large kernels, so its bands are as large
+# as 400 MB in float32 allow.
 BANDS = 8
 AT_ONCE_ON_GPU = 3 * 2**25
-vjp: Any = torch.func.vjp  # its annotation has a third result, which is there on request alone
+vjp: Any = torch.func.vjp  # untyped: the annotation includes a third result, returned only with has_aux
 
 
 def upsampled_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor, ignore: int) -> Tensor:
     """Weighted mean cross-entropy of labels and logits upsampled to their size (bilinear, align_corners=False).
 
-    ``F.cross_entropy(F.interpolate(logits, …), target, weights)`` up to rounding, and 0 where no label is valid. The
-    gradient is computed along with the value, while a band is there, and kept at the logits' size.
+    Equals ``F.cross_entropy(F.interpolate(logits, …), target, weights)`` up to rounding, and 0 if no label is valid.
+    The gradient is computed together with the value, band by band, and stored at the logits' size.
 
     Args:
         logits: [B, K, h, w], float32 or float64.
         target: int64 [B, H, W].
-        weights: one per class [K], of the logits' type.
-        ignore: the label that counts nowhere; nor do negative ones.
+        weights: one per class [K], in the logits' dtype.
+        ignore: label to ignore; negative labels are ignored too.
 
     Returns:
-        A scalar that can be differentiated once, and not within ``torch.autograd.graph.saved_tensors_hooks``.
+        A scalar, differentiable once; not supported within ``torch.autograd.graph.saved_tensors_hooks``.
 
     Example:
         >>> upsampled_cross_entropy(torch.zeros(1, 4, 2, 2), torch.zeros(1, 8, 8).long(), torch.ones(4), 255)  # log 4
         tensor(1.3863)
     """
     requires_grad = torch.is_grad_enabled() and logits.requires_grad
-    # bands of a class lie side by side in this layout
+    # contiguous, so that a band is one block of memory per class
     return _UpsampledCrossEntropy.apply(logits.contiguous(), target, weights, ignore, requires_grad)
 
 
@@ -57,9 +57,9 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
             total += _cross_entropy_and_gradient(scores, labels, shares)
             if gradient is not None:
                 band.add_gradient(scores, gradient)
-            del scores  # before the next band is made
+            del scores  # free it before the next band
             mass += shares.sum()
-        mass.clamp_min_(torch.finfo(mass.dtype).tiny)  # without a valid pixel 0 / tiny is 0, and so is the gradient
+        mass.clamp_min_(torch.finfo(mass.dtype).tiny)  # 0 / tiny = 0 if no pixel is valid, also in the gradient
         if gradient is not None:
             ctx.save_for_backward(gradient.div_(mass))
         return total / mass
@@ -72,12 +72,12 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
 
 
 def _cross_entropy_and_gradient(scores: Tensor, labels: Tensor, shares: Tensor) -> Tensor:
-    """Σ share · −log softmax(scores)[label]; its gradient, share · (softmax − onehot), takes the place of scores."""
+    """Σ share · −log softmax(scores)[label]; overwrites scores with the gradient, share · (softmax − onehot)."""
     scores -= scores.amax(1, keepdim=True)
     chosen = scores.gather(1, labels)
     mass = scores.exp_().sum(1, keepdim=True)
     scores *= shares / mass
-    if torch.compiler.is_compiling():  # fused with the line above; a scatter is not
+    if torch.compiler.is_compiling():  # Inductor fuses this with the line above, but not a scatter
         classes = torch.arange(scores.shape[1], device=scores.device)[:, None, None]
         scores -= torch.where(classes == labels, shares, 0)
     else:
@@ -86,16 +86,16 @@ def _cross_entropy_and_gradient(scores: Tensor, labels: Tensor, shares: Tensor) 
 
 
 class _Band:
-    """Some rows of the labels, and how logits get there: rows first, while they are narrow, then columns."""
+    """A band of label rows; logits are interpolated to it along the rows first, then along the columns."""
 
     def __init__(self, logits: Tensor, size: torch.Size, first: int, last: int) -> None:
         self.rows, self.size = slice(first, last), size
-        # as F.interpolate does: y + ½ on the one grid is (y + ½) · h / H on the other
+        # same mapping as F.interpolate: y + ½ on the labels' grid is (y + ½) · h / H on the logits'
         steps = torch.arange(first, last, dtype=logits.dtype, device=logits.device) + 0.5
         centre = (steps * (logits.shape[2] / size[0]) - 0.5).clamp_min(0)
         self.above = centre.long()
         self.below = (self.above + 1).clamp_max(logits.shape[2] - 1)
-        self.share = (centre - self.above)[:, None]  # of the row below
+        self.share = (centre - self.above)[:, None]  # weight of the row below
 
     def upsample(self, logits: Tensor, requires_grad: bool) -> Tensor:
         """The band's rows of the upsampled logits: [B, K, rows, W]."""
@@ -103,13 +103,13 @@ class _Band:
         if not requires_grad:
             return self._widen(narrow)
         scores: Tensor
-        scores, self.transposed = vjp(self._widen, narrow)  # F.interpolate's own way back, under torch.compile too
+        scores, self.transposed = vjp(self._widen, narrow)  # gradient of F.interpolate, also under torch.compile
         return scores
 
     def add_gradient(self, scores: Tensor, gradient: Tensor) -> None:
-        """Add what the gradient of the upsampled rows gives to that of the logits."""
+        """Backpropagate the gradient of the upsampled rows and add it to that of the logits."""
         (narrow,) = self.transposed(scores)
-        del self.transposed  # and the scores with it, before the next band is made
+        del self.transposed  # frees the scores before the next band
         gradient.index_add_(2, self.above, narrow * (1 - self.share))
         gradient.index_add_(2, self.below, narrow * self.share)
 
@@ -124,11 +124,11 @@ class _Band:
 
 
 class _BandOfProducts(_Band):
-    """The same for a GPU and compiled code: one kernel for all columns, and a gradient of matrix products."""
+    """A band on a GPU or in compiled code: one bilinear kernel for all columns, and matrix products as gradient."""
 
     def upsample(self, logits: Tensor, requires_grad: bool) -> Tensor:
         narrow = self._narrow(logits)
-        # the rows stay as they are; PyTorch's kernel of linear interpolation uses a thread per column alone
+        # bilinear with unchanged rows: PyTorch's linear kernel uses only one thread per column
         return F.interpolate(narrow, size=(narrow.shape[2], self.size[1]), mode="bilinear", align_corners=False)
 
     def add_gradient(self, scores: Tensor, gradient: Tensor) -> None:

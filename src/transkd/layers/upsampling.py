@@ -1,4 +1,4 @@
-"""Bilinear upsampling, its one home: of maps, with the quickest gradient for their device, and of class ids."""
+"""Bilinear upsampling of maps, with a fast gradient per device, and of logits to class ids."""
 
 import functools
 from collections.abc import Sequence
@@ -10,23 +10,24 @@ from torch import Tensor
 
 __all__ = ["add_upsampled", "products_pay", "resize_gradient", "resize_matrix", "upsampled", "upsampled_argmax"]
 
-# Numbers at once on a CPU: larger blocks return to the OS and are zeroed again, which takes longer than the work.
+# Chunk of 16 MiB in float32 on a CPU: larger blocks return to the OS and are zeroed again, which costs more time.
 AT_ONCE = 2**22
 
 
 def products_pay(maps: Tensor) -> bool:
-    """Whether the gradient of bilinear upsampling is quicker as matrix products than as PyTorch computes it.
+    """Whether matrix products are faster than PyTorch's own gradient of bilinear upsampling.
 
-    On a GPU PyTorch adds the gradient up pixel by pixel with atomic operations (docs/performance.md).
+    They are on a GPU, where PyTorch accumulates the gradient pixel by pixel with atomic operations
+    (docs/performance.md).
     """
     return maps.device.type == "cuda"
 
 
 def upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps [B, C, h, w] brought to a size (H, W) bilinearly: ``F.interpolate`` with align_corners=False.
+    """Resize maps [B, C, h, w] to (H, W) bilinearly: ``F.interpolate`` with align_corners=False.
 
-    On a GPU the gradient is two matrix products (``resize_gradient``). Elsewhere it is PyTorch's own, under
-    ``torch.compile`` too, whose code for it adds up pixel by pixel.
+    On a GPU the gradient is two matrix products (``resize_gradient``). Elsewhere it is PyTorch's kernel, also under
+    ``torch.compile``, because Inductor's code for it accumulates pixel by pixel.
 
     Example:
         >>> upsampled(torch.tensor([[[[0.0, 4.0]]]]), (1, 4))
@@ -39,9 +40,9 @@ def upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def add_upsampled(total: Tensor, maps: Tensor) -> None:
-    """Add maps [B, C, h, w] to ``total`` [B, C, H, W] in place, brought to its size bilinearly (align_corners=False).
+    """Resize maps [B, C, h, w] bilinearly (align_corners=False) and add them to ``total`` [B, C, H, W] in place.
 
-    On a CPU, where nobody wants a gradient, some channels at a time.
+    On a CPU without gradients this is done in chunks of channels.
 
     Example:
         >>> total = torch.ones(1, 1, 1, 4)
@@ -74,10 +75,10 @@ class _Upsampled(torch.autograd.Function):
 
 
 def resize_gradient(gradient: Tensor, size: Sequence[int]) -> Tensor:
-    """The gradient [B, C, h, w] of maps of a size (h, w) from that of the upsampled maps, [B, C, H, W].
+    """Gradient [B, C, h, w] of the maps from the gradient [B, C, H, W] of the upsampled maps.
 
-    Bilinear upsampling is ``R X Cᵀ`` with constant matrices R [H, h] of rows and C [W, w] of columns, so its gradient
-    is ``Rᵀ G C``. The products keep the layout of G in memory, channels-last or not, and its type.
+    Bilinear upsampling is ``R X Cᵀ`` with constant matrices R [H, h] for rows and C [W, w] for columns, so its gradient
+    is ``Rᵀ G C``. The result has the memory layout (channels-last or contiguous) and dtype of G.
 
     Example:
         >>> resize_gradient(torch.ones(1, 1, 1, 4), (1, 2))
@@ -97,10 +98,10 @@ def resize_gradient(gradient: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def resize_matrix(small: int, large: int, like: Tensor) -> Tensor:
-    """The matrix [large, small] that brings a row of ``small`` numbers to ``large`` linearly, align_corners=False.
+    """Matrix [large, small] of linear interpolation from ``small`` to ``large`` values, align_corners=False.
 
-    Each row has at most two numbers that are not 0, with the sum 1. In eager code a matrix is made once for a device
-    and a type, those of ``like``.
+    Each row has at most two non-zero entries, and they sum to 1. Device and dtype are those of ``like``; eager code
+    caches the matrix.
 
     Example:
         >>> resize_matrix(2, 4, torch.zeros(()))
@@ -109,13 +110,13 @@ def resize_matrix(small: int, large: int, like: Tensor) -> Tensor:
                 [0.2500, 0.7500],
                 [0.0000, 1.0000]])
     """
-    if torch.compiler.is_compiling():  # a part of the graph, computed there
+    if torch.compiler.is_compiling():  # compute it inside the graph
         return _resize_matrix(small, large, like.device, like.dtype)
     return _kept_resize_matrix(small, large, like.device, like.dtype)
 
 
 def _resize_matrix(small: int, large: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # Position y + ½ of the large grid is (y + ½) · small / large of the small one; F.interpolate has the same rounding.
+    # y + ½ on the large grid is (y + ½) · small / large on the small one; rounds as F.interpolate does
     exact = torch.promote_types(dtype, torch.float32)
     centre = (torch.arange(large, device=device, dtype=exact) + 0.5) * (small / large) - 0.5
     centre = centre.clamp(0, small - 1)[:, None]
@@ -130,10 +131,10 @@ def _kept_resize_matrix(small: int, large: int, device: torch.device, dtype: tor
 
 @torch.no_grad()
 def upsampled_argmax(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """The class with the highest score of logits upsampled bilinearly (align_corners=False), in float32.
+    """Argmax over the classes of logits upsampled bilinearly (align_corners=False), in float32.
 
-    ``F.interpolate(logits, …).argmax(1)`` to the bit: classes are upsampled one at a time, each by `F.interpolate`,
-    and only the best so far is kept. Of equal scores the first class is taken.
+    Bit-identical to ``F.interpolate(logits, …).argmax(1)``: classes are upsampled one at a time by ``F.interpolate``,
+    and only the running maximum is stored. Of equal scores the first class wins.
 
     Args:
         logits: [B, K, h, w].

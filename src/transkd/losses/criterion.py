@@ -94,6 +94,7 @@ class Criterion(nn.Module):
             self.register_buffer("auto_steps", torch.tensor(0))
         self._calibrated = not self.shares  # cached on the host: reading auto_steps synchronises with the device
         self._skipped_steps = 0
+        self.register_load_state_dict_post_hook(_recompute_calibrated)  # type: ignore[no-untyped-call]
 
     @property
     def weights(self) -> dict[str, float | None]:
@@ -208,10 +209,6 @@ class Criterion(nn.Module):
                 ", ".join(names),
             )
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._calibrated = not self.shares  # recomputed from the loaded auto_steps
-
     def _idle(self) -> Tensor | float:
         """Return a 0 connected to the parameters of terms whose schedule is 0.
 
@@ -225,6 +222,12 @@ class Criterion(nn.Module):
 
     def _computed(self) -> list[tuple[str, nn.Module]]:
         return [(name, term) for name, term in self._weighted() if self.factors[name] != 0]
+
+
+def _recompute_calibrated(criterion: nn.Module, incompatible_keys: object) -> None:
+    """Discard the value cached on the host, as ``auto_steps`` was loaded."""
+    assert isinstance(criterion, Criterion)
+    criterion._calibrated = not criterion.shares
 
 
 def _needs(term: nn.Module) -> frozenset[str]:

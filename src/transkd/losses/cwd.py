@@ -12,11 +12,10 @@ from transkd.losses.shared.checks import (
     check_positive,
     check_stages,
     paired_channels,
-    require_target,
     stage_pairs,
 )
 from transkd.losses.shared.distances import channel_kl, mean_squared_error, widen
-from transkd.losses.shared.grids import GRIDS, labels_on_grid, logits_pair, on_grid
+from transkd.losses.shared.grids import GRIDS, logits_pair, on_grid, valid_on_grid
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["CWDFeatureLoss", "CWDLoss", "normalised_distance"]
@@ -77,7 +76,7 @@ class CWDLoss(nn.Module):
     ) -> Tensor:
         """Compare the logits."""
         logits, teacher_logits = logits_pair(self, student, teacher, self.grid, target)
-        valid = _valid(self, target, logits) if self.mask_ignored else None
+        valid = valid_on_grid(self, target, logits) if self.mask_ignored else None
         return normalised_distance(logits, teacher_logits, self.normaliser, self.temperature, valid)
 
 
@@ -156,7 +155,7 @@ class CWDFeatureLoss(nn.Module):
         for stage in self.stages:
             maps, teacher_maps = on_grid(self, *pairs[stage - 1], self.grid, target)
             adapted = adapt(self, self.adapters, stage, maps)
-            valid = _valid(self, target, maps) if self.mask_ignored else None
+            valid = valid_on_grid(self, target, maps) if self.mask_ignored else None
             losses.append(normalised_distance(adapted, teacher_maps, self.normaliser, self.temperature, valid))
         return torch.stack(losses).sum()
 
@@ -212,7 +211,3 @@ def _means(maps: Tensor, valid: Tensor | None) -> Tensor:
         return maps.mean(dim=(2, 3))
     count = valid.sum(dim=(1, 2)).clamp_min(1)
     return maps.masked_fill(~valid[:, None], 0).sum(dim=(2, 3)) / count[:, None]
-
-
-def _valid(term: object, target: Tensor | None, maps: Tensor) -> Tensor:
-    return labels_on_grid(require_target(term, target), maps.shape[-2:])[1]

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from transkd.losses.shared.checks import check_choice, check_positive, check_share, require_target
-from transkd.losses.shared.grids import GRIDS, labels_on_grid, logits_pair
+from transkd.losses.shared.checks import check_choice, check_positive, check_share
+from transkd.losses.shared.grids import GRIDS, logits_pair, valid_on_grid
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["DISTLoss", "relations"]
@@ -76,9 +76,7 @@ class DISTLoss(nn.Module):
     ) -> Tensor:
         """Compare the logits."""
         logits, teacher_logits = logits_pair(self, student, teacher, self.grid, target)
-        valid = None
-        if self.mask_ignored:
-            _, valid = labels_on_grid(require_target(self, target), logits.shape[-2:])
+        valid = valid_on_grid(self, target, logits) if self.mask_ignored else None
         inter, intra = relations(logits, teacher_logits, valid, self.temperature)
         return self.beta * inter + self.gamma * intra
 

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from transkd.losses.shared.checks import check_choice, check_positive, require_target
+from transkd.losses.shared.checks import check_choice, check_positive
 from transkd.losses.shared.distances import spatial_kl
-from transkd.losses.shared.grids import GRIDS, labels_on_grid, logits_pair
+from transkd.losses.shared.grids import GRIDS, logits_pair, valid_on_grid
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["KDLoss", "pixel_kl"]
@@ -54,9 +54,7 @@ class KDLoss(nn.Module):
     ) -> Tensor:
         """Compare the logits."""
         logits, teacher_logits = logits_pair(self, student, teacher, self.grid, target)
-        valid = None
-        if self.mask_ignored:
-            _, valid = labels_on_grid(require_target(self, target), logits.shape[-2:])
+        valid = valid_on_grid(self, target, logits) if self.mask_ignored else None
         return pixel_kl(logits, teacher_logits, self.temperature, valid)
 
 

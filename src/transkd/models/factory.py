@@ -1,4 +1,4 @@
-"""Networks by name."""
+"""Build networks by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -28,9 +28,10 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(timm.create_model, name, num_classes=0) for name in VARIANTS},
     "lvt": LiteVisionTransformer,
 }
-"""Encoders by name, each built from keyword arguments; has ``channels`` and ``forward_stages`` (see ``Segmenter``).
+"""Factories of encoders by name, called with keyword arguments; an encoder has ``channels`` and ``forward_stages`` (see
+``Segmenter``).
 
-Any other name is taken for a timm network with four stages (``TimmEncoder``).
+Any other name must be a timm network with four stages (``TimmEncoder``).
 """
 
 HEADS: dict[str, Callable[[Sequence[int], int, int], nn.Module]] = {
@@ -38,7 +39,7 @@ HEADS: dict[str, Callable[[Sequence[int], int, int], nn.Module]] = {
     "fpn": SemanticFPNHead,
     "deeplabv3plus": DeepLabV3PlusHead,
 }
-"""Decode heads, each built from the stages' channels, a width and the number of classes."""
+"""Factories of decode heads by name, called with the stages' channels, a width and the number of classes."""
 
 
 def create_segmenter(
@@ -60,19 +61,18 @@ def create_segmenter(
         name: one of ``SEGMENTERS`` (``segformer_b0`` …, ``lvt``, ``pvt_v2_b2`` …, ``deeplabv3plus_resnet101``), one
             of ``ENCODERS`` (``mit_b0`` …), or any timm network with four stages (``convnext_tiny``).
         num_classes: number of classes K.
-        weights: where to start from, see ``transkd.models.load_weights``; None starts from random weights.
-        head: one of ``HEADS``; those in ``SEGMENTERS`` have their own, others take ``segformer``.
-        width: channels inside the head; the head's usual number where not given.
+        weights: initial weights, see ``transkd.models.load_weights``; None initialises at random.
+        head: one of ``HEADS``; by default that of the entry in ``SEGMENTERS``, for other names ``segformer``.
+        width: channels inside the head; None uses the network's default.
         encoder: arguments for the encoder (``drop_path_rate``, ``output_stride``, …).
-        mean: subtracted from RGB in [0, 1]. A trained network's weights bring their own; where not given, the
-            weights' or ImageNet's.
-        std: divides what is left.
-        scale: the network looks at the image at this scale (0.5: at half its height and width).
-        classifier: "same" wants weights for the same classes, "new" starts the classifier at random.
-        license: of the weights, where their file does not say.
+        mean: subtracted from RGB in [0, 1]; by default that of the weights, without weights ImageNet's.
+        std: divides the difference; same default.
+        scale: factor by which the image is resized for the network (0.5: half its height and width).
+        classifier: "same" requires weights for the same classes, "new" initialises the classifier at random.
+        license: licence of the weights, if their file does not state it.
 
     Raises:
-        UserError: unknown name, or weights that do not fit.
+        UserError: the name is unknown, or the weights do not fit.
 
     Example:
         >>> network = create_segmenter("segformer_b0", num_classes=19)
@@ -91,7 +91,8 @@ def create_segmenter(
     network = Segmenter(built, decoder, num_classes, mean, std, scale)
     network.name = name
     given = {"head": head, "width": width, "encoder": dict(encoder or {}), "scale": scale}
-    usual = {"head": recipe.head if name in SEGMENTERS else None, "width": None, "encoder": {}, "scale": 1.0}
+    usual_head = recipe.head if name in SEGMENTERS else None
+    usual: dict[str, Any] = {"head": usual_head, "width": None, "encoder": {}, "scale": 1.0}
     chosen = {key: value for key, value in given.items() if value != usual[key]}
     network.recipe = {"name": name, "num_classes": num_classes, **chosen}
     network.lineage = [CODE, RANDOM]
@@ -101,23 +102,24 @@ def create_segmenter(
 
 
 def load_segmenter(source: str | Path | Weights, license: str | None = None) -> tuple[Segmenter, dict[str, Any]]:
-    """Build the network that weights describe, and load them; gives the network and what is known of it.
+    """Build the network that a file of weights describes and load them; return the network and its card.
 
-    Our own files and folders say which network they hold; a whole SegFormer of anybody's is told by its tensors.
+    Files and folders written by transkd name their network; a complete SegFormer from another source is recognised by
+    its tensors.
 
     Args:
-        source: see ``read_weights``, or what that gave.
-        license: of the weights, where they do not say themselves.
+        source: see ``read_weights``, or its result.
+        license: licence of the weights, if they do not state it.
 
     Raises:
-        UserError: neither is the case (build it with ``create_segmenter(..., weights=source)``).
+        UserError: the network is not known (build it with ``create_segmenter(..., weights=source)``).
     """
     weights = source if isinstance(source, Weights) else read_weights(source)
     recipe = weights.recipe
     if recipe is None:
         what = looks_like(weights.tensors)
         raise UserError(
-            f"{weights.source} does not say which network it holds{f' (it looks like {what})' if what else ''}; "
+            f"{weights.source} does not say which network it contains{f' (it looks like {what})' if what else ''}; "
             "give the network: student=… on the command line, create_segmenter(name, num_classes, weights=…) in Python"
         )
     network = create_segmenter(**recipe)

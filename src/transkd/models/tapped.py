@@ -80,6 +80,7 @@ class Tapped(Network):
         super().__init__((), 0, mean, std)
         self.name = type(module).__name__
         self.module = module
+        self.register_load_state_dict_pre_hook(_add_module_to_keys)  # type: ignore[no-untyped-call]
         like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), self.mean)
         self.mean, self.std = (tensor.to(like.device, like.dtype) for tensor in (self.mean, self.std))
 
@@ -168,11 +169,11 @@ class Tapped(Network):
         """Load a ``state_dict`` of the wrapped module."""
         return self.module.load_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Called if this is a submodule: add the prefix "module." under which PyTorch then loads self.module.
-        own = [key for key in state_dict if key.startswith(prefix)]
-        state_dict.update({f"{prefix}module.{key[len(prefix) :]}": state_dict.pop(key) for key in own})
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _add_module_to_keys(tapped: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Add "module." to the keys of a ``Tapped`` that is a submodule: PyTorch loads its child under that name."""
+    own = [key for key in state_dict if key.startswith(prefix)]
+    state_dict.update({f"{prefix}module.{key[len(prefix) :]}": state_dict.pop(key) for key in own})
 
 
 class _Taps:
@@ -225,7 +226,7 @@ def _unchanged(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
     def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
         tensor = first_tensor(output)
         if tensor is not None and not tensor.is_inference():  # inference tensors have no version counter
-            versions[name] = tensor, tensor._version
+            versions[name] = tensor, tensor._version  # no public way to detect a write
 
     handles = [module.get_submodule(name).register_forward_hook(partial(record, name)) for name in names]
     try:

@@ -101,6 +101,7 @@ class FrozenTeacher(nn.Module):
         if not self.cast_once or not torch.is_autocast_enabled(device):
             return {}
         dtype = torch.get_autocast_dtype(device)
+        # the version counter is the only trace of a write in place; it has no public name
         state = (dtype, *((weight.data_ptr(), weight._version) for weight in self._weights.values()))
         if state != self._cast_from:  # weights were loaded or moved
             self._cast = {name: w if w.dtype == torch.float64 else w.to(dtype) for name, w in self._weights.items()}

@@ -1,1 +1,1 @@
-"""One training run: building, rehearsing, teaching, fitting, scoring."""
+"""One training run: build the parts, check them, prepare the teacher, train, evaluate."""

@@ -1,4 +1,4 @@
-"""Moving average of the student's weights."""
+"""Exponential moving average of the student's weights."""
 
 from typing import Any, cast
 
@@ -18,16 +18,16 @@ class StudentAverage(L.Callback):
     """Validate, save and deploy an exponential moving average of the student instead of its last weights.
 
     ``average ← d·average + (1 − d)·weights`` after each optimizer step, with ``d = min(decay, (1 + n) / (10 + n))`` at
-    step n, so that the first steps do not count for long (the rule of TensorFlow's ExponentialMovingAverage). Buffers,
-    such as BatchNorm's statistics, are averaged as well. The teacher and the terms' own parameters are not; Lightning's
-    ``EMAWeightAveraging`` would average them, too. A checkpoint holds the average as the student, and beside it the
-    current weights, from which training goes on.
+    step n, so that early weights are forgotten quickly (the rule of TensorFlow's ExponentialMovingAverage). Buffers,
+    such as BatchNorm's statistics, are averaged as well. The teacher and the terms' own parameters are not, unlike with
+    Lightning's ``EMAWeightAveraging``. A checkpoint stores the average as the student, and in addition the current
+    weights, which training resumes from.
 
     Args:
-        decay: d, from 0 to below 1; 0.99 averages over about 100 steps.
+        decay: d in [0, 1); 0.99 averages over about 100 steps.
 
     Raises:
-        UserError: a decay outside of that.
+        UserError: the decay is out of range.
     """
 
     def __init__(self, decay: float) -> None:
@@ -39,18 +39,18 @@ class StudentAverage(L.Callback):
         self._current: dict[str, torch.Tensor] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin with the student's first weights, or with the average of the checkpoint."""
+        """Initialise the average with the student's weights, or with the average of the checkpoint."""
         if self.average is None:
             self.average = AveragedModel(_student(pl_module), use_buffers=True)
             self.average.n_averaged.fill_(1)  # 0 would make the first update a copy
-            if self._current is not None:  # a checkpoint was loaded: the student holds the average until here
+            if self._current is not None:  # resumed: until now the student holds the average
                 _student(pl_module).load_state_dict(self._current)
                 self._current = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the weights after each optimizer step, of which accumulated gradients make fewer than batches."""
+        """Update the average after each optimizer step; with gradient accumulation not every batch has one."""
         if self.average is None or trainer.global_step == self._step:
             return
         self._step, self._count = trainer.global_step, self._count + 1
@@ -59,20 +59,20 @@ class StudentAverage(L.Callback):
         self.average.update_parameters(_student(pl_module))
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the average."""
+        """Swap in the average for validation."""
         self._swap(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Train on with the current weights."""
+        """Swap the current weights back in."""
         self._swap(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the average in the student."""
+        """Load the average into the student."""
         if self.average is not None:
             _student(pl_module).load_state_dict(self.average.module.state_dict())
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the average as the student, and the current weights beside it."""
+        """Store the average as the student, and the current weights under a key of their own."""
         if self.average is None:
             return
         prefix, weights = "student.", checkpoint["state_dict"]
@@ -82,7 +82,7 @@ class StudentAverage(L.Callback):
             weights[prefix + name] = tensor
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the current weights of a checkpoint until its average has been loaded into the student."""
+        """Keep the checkpoint's current weights; ``on_fit_start`` loads them after the average was copied."""
         self._current = checkpoint.get(CURRENT)
         self._count = checkpoint.get(COUNT, 0)
 

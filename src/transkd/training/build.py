@@ -1,4 +1,4 @@
-"""The parts of a run, built from its configuration: networks, criterion, optimization, trainer."""
+"""Build the parts of a run from its configuration: networks, criterion, optimization, trainer."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Parts(NamedTuple):
-    """What a run is made of; the teacher is None where nothing reads one."""
+    """Parts of a run; the teacher is None if neither a term nor the student's initialisation reads it."""
 
     data: SegmentationDataModule
     student: Network
@@ -39,17 +39,20 @@ class Parts(NamedTuple):
 
 
 def build_student(cfg: DictConfig, settings: StudentSettings, license_policy: str = "any") -> Network:
-    """The student with the weights that it starts from.
+    """Build the student and load its initial weights.
 
     Args:
-        cfg: the whole configuration, of which ``student.network`` is instantiated.
-        settings: of the student.
-        license_policy: that its weights are held to.
+        cfg: the whole configuration; ``student.network`` is instantiated.
+        settings: the student's settings.
+        license_policy: policy that the licence of its weights must meet.
+
+    Raises:
+        UserError: LoRA without initial weights, weights that do not fit, or a licence that the policy excludes.
     """
     if settings.lora.rank is not None and settings.weights is None and not settings.from_teacher:
         raise UserError(
-            f"student.lora.rank={settings.lora.rank} adapts weights that are there, but the student starts from "
-            "random ones; name some with student.weights=PATH, or copy the teacher's with student.from_teacher=true"
+            f"student.lora.rank={settings.lora.rank} adapts trained weights, but the student starts from random "
+            "ones; give a file with student.weights=PATH, or start from the teacher with student.from_teacher=true"
         )
     student: Network = instantiate(cfg.student.network)
     if settings.weights is not None:
@@ -61,24 +64,24 @@ def build_student(cfg: DictConfig, settings: StudentSettings, license_policy: st
 
 
 def build_teacher(cfg: DictConfig) -> Network | None:
-    """The teacher's network at random weights; None where no term reads it and the student does not start from it."""
+    """Build the teacher with random weights; None if no term reads it and the student does not start from it."""
     used = len(cfg.criterion.terms) > 1 or cfg.student.from_teacher
     return instantiate(cfg.teacher.network) if used else None
 
 
 def build_criterion(cfg: DictConfig, student: Sequence[int], teacher: Sequence[int]) -> Criterion:
-    """The weighted terms for networks of these widths, which terms refer to as ``${channels.student}``."""
+    """Build the weighted terms; the given channels are available to them as ``${channels.student}`` and so on."""
     cfg.channels.student, cfg.channels.teacher = list(student), list(teacher)
     return instantiate(cfg.criterion)
 
 
 def build_task(cfg: DictConfig) -> Criterion:
-    """The task's term alone, for the teacher's own training."""
+    """Build a criterion of the task's term only, to train the teacher with."""
     return Criterion({"task": {"term": instantiate(cfg.criterion.terms.task.term), "weight": 1.0}})
 
 
 def build_optimization(cfg: DictConfig) -> Optimization:
-    """Optimizer and schedule."""
+    """Build optimizer and schedule."""
     optim = cfg.optim
     return Optimization(
         instantiate(optim.optimizer, _convert_="all"), instantiate(optim.scheduler), optim.interval, optim.horizon
@@ -86,7 +89,7 @@ def build_optimization(cfg: DictConfig) -> Optimization:
 
 
 def build_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
-    """Lightning's Trainer with the configured callbacks and loggers, unless ``changes`` say otherwise."""
+    """Build Lightning's Trainer with the configured callbacks and loggers; ``changes`` override arguments."""
     if "callbacks" not in changes:
         changes["callbacks"] = [instantiate(part) for part in cfg.callbacks.values()]
         if cfg.student.get("ema") is not None:
@@ -98,11 +101,11 @@ def build_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
 
 
 def build_side_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
-    """The same Trainer, writing nothing: for scores and for the teacher's own training."""
+    """Build a Trainer that writes no files, for evaluation and for training the teacher."""
     progress = [instantiate(cfg.callbacks.progress)] if "progress" in cfg.callbacks else []
     return build_trainer(cfg, callbacks=progress, logger=False, enable_checkpointing=False, **changes)
 
 
 def plain(*parts: DictConfig) -> list[Any]:
-    """Configuration as plain Python values, references filled in."""
+    """Convert configuration to plain Python values with interpolations resolved."""
     return [OmegaConf.to_container(part, resolve=True) for part in parts]

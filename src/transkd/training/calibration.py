@@ -1,4 +1,4 @@
-"""Images without labels, on which a student is solved from its teacher and a teacher's features are measured."""
+"""Unlabelled images to solve a student from its teacher and to measure the teacher's features on."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -20,12 +20,12 @@ BATCH = 8
 
 
 class CalibrationImages:
-    """Batches of images uint8 [B, 3, H, W], read anew at each pass; images of one size in a row share a batch.
+    """Batches of images uint8 [B, 3, H, W], read again at each pass; consecutive images of equal size form a batch.
 
     Args:
         paths: image files.
-        transform: an Albumentations composition that brings them to the network's size, or None.
-        device: where the batches lie.
+        transform: an Albumentations composition that resizes them for the network, or None.
+        device: device of the batches.
     """
 
     def __init__(self, paths: Sequence[Path], transform: Any = None, device: torch.device | None = None) -> None:
@@ -36,7 +36,7 @@ class CalibrationImages:
         return len(self.paths)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Batches on the device."""
+        """Yield batches on the device."""
         for _, same in groupby(map(self._read, self.paths), key=lambda image: image.shape):
             images = list(same)
             for start in range(0, len(images), BATCH):
@@ -56,17 +56,17 @@ def calibration_images(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> CalibrationImages:
-    """Images under the validation transform, drawn at random for a seed.
+    """Select random images and apply the validation transform.
 
     Args:
-        data: its training images are drawn from, without their labels.
-        count: how many at most.
-        folder: a folder, a glob or an image to draw from instead.
-        seed: of the draw.
-        device: where the batches lie.
+        data: source of the images: its training set, without labels.
+        count: maximum number of images.
+        folder: a folder, glob or image file to select from instead.
+        seed: seed of the selection.
+        device: device of the batches.
 
     Raises:
-        UserError: the folder holds no image.
+        UserError: the folder contains no image.
     """
     if folder is None:
         paths = [pair.image for pair in data.dataset("train").pairs]

@@ -1,4 +1,4 @@
-"""How Lightning's checkpoints reach the disk."""
+"""Write Lightning's checkpoints atomically."""
 
 import io
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = ["AtomicCheckpointIO"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints through ``write_atomically``; its own go through the system's temporary folder."""
+    """Write checkpoints by ``write_atomically``; Lightning's own class uses the system's temporary folder."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Serialise in memory, then write."""

@@ -1,4 +1,4 @@
-"""Compiled code: what is compiled, and a trial of the compiler."""
+"""Compile networks and terms with torch.compile, in regions or as a whole; check for a compiler."""
 
 import os
 from collections import Counter
@@ -13,25 +13,24 @@ __all__ = ["check_compiler", "compile_in_place", "keep_compiled_code", "regions"
 
 NEEDED = {"cpu": "a C++ compiler such as g++", "cuda": "triton and a C compiler such as gcc"}
 CONTAINERS = (nn.ModuleList, nn.Sequential)
-VARIANTS = 64  # of the code of one function: all regions share nn.Module's call, and so each is a variant of it
+VARIANTS = (
+    64  # recompile limit: all regions share the code of nn.Module's call, so each counts as a recompilation of it
+)
 
 
 def check_compiler(device: torch.device, mode: str = "default") -> None:
-    """Compile a tiny function for a device, to see at the start that it can be done.
+    """Compile a tiny function for a device, so that a missing compiler is reported at the start.
 
     Raises:
-        UserError: compiling failed (says what is missing), or ``torch.compile`` has no such mode.
+        UserError: compilation failed (names what is missing), or ``torch.compile`` has no such mode.
     """
-    from torch._inductor import list_mode_options  # takes a second to import
-
-    modes = list_mode_options()
-    if mode not in modes:
-        raise UserError(f"compile={mode}: expected true, false or a mode of torch.compile: {', '.join(modes)}")
     try:
         torch.compile(_tiny, mode=mode)(torch.ones(8, device=device))
-    except Exception as error:  # whatever the backend, the compiler or the system raises
+    except Exception as error:  # backend, compiler and system raise various types
         needed = NEEDED.get(device.type, "a compiler that PyTorch supports")
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "Unrecognized mode" in reason:
+            raise UserError(f"compile={mode}: expected true, false or a mode of torch.compile ({reason})") from error
         raise UserError(
             f"compile=true needs {needed} for device {device.type}, but a trial failed ({reason}); install it, or "
             "train without: compile=false"
@@ -43,25 +42,25 @@ def _tiny(x: Tensor) -> Tensor:
 
 
 def keep_compiled_code(folder: Path) -> None:
-    """Let later processes find this one's compiled code in a folder, unless the environment names another."""
+    """Cache compiled code in a folder for later processes, unless the environment names another."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
 
 
 def compile_in_place(*modules: nn.Module, mode: str = "default", keep_graph: bool = False, whole: bool = True) -> None:
-    """Run modules as compiled code from their next call on; names, state and copies stay plain.
+    """Compile modules in place by ``Module.compile``; parameter names, ``state_dict`` and copies are unaffected.
 
-    In regions (``regions``) the code of a block serves all blocks of the same shape, so that starting takes a fraction
-    of the time; each size of image then gets code of its own.
+    In regions (``regions``) blocks of the same shape share compiled code, so start-up takes a fraction of the time, but
+    each image size is compiled separately.
 
     Args:
-        modules: called as they are elsewhere.
-        mode: of ``torch.compile``. With "reduce-overhead" and "max-autotune" a GPU replays CUDA graphs, and a module's
-            output is overwritten at the next step (``torch.compiler.cudagraph_mark_step_begin``).
-        keep_graph: whether gradients of a step are taken more than once, as automatic weights do; compiled code
-            otherwise reuses the memory of what it kept for the backward pass.
-        whole: compile each module as one piece, whose code a second size of image makes general; False: in regions.
+        modules: networks and terms, called as before.
+        mode: mode of ``torch.compile``. With "reduce-overhead" and "max-autotune" a GPU replays CUDA graphs, and a
+            module's output is overwritten at the next step (``torch.compiler.cudagraph_mark_step_begin``).
+        keep_graph: set it if a step computes gradients more than once, as for automatic weights; otherwise the compiled
+            backward pass reuses the memory of saved tensors.
+        whole: compile each module as one graph, made dynamic when a second image size occurs; False: in regions.
     """
-    torch.compiler.reset()  # earlier jobs of a sweep and the teacher's training count towards torch's limits
+    torch.compiler.reset()  # earlier jobs of a sweep and the teacher's training would count towards the recompile limit
     torch._functorch.config.donated_buffer = not keep_graph
     torch._dynamo.config.recompile_limit = VARIANTS
     for module in modules:
@@ -71,10 +70,10 @@ def compile_in_place(*modules: nn.Module, mode: str = "default", keep_graph: boo
 
 
 def regions(module: nn.Module) -> list[nn.Module]:
-    """The parts of a network that are compiled one by one: its repeated blocks, and the largest parts between them.
+    """Parts of a network to compile one by one: repeated blocks, and the largest submodules between them.
 
-    A block is an entry of a ``ModuleList`` or ``Sequential`` with several entries of its class and no such list
-    within. A module without blocks, or one that computes activations again in the backward pass, is one region.
+    A block is an entry of a ``ModuleList`` or ``Sequential`` that has several entries of the same class and itself
+    contains no blocks. A module without blocks or with activation checkpointing is a single region.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(3, 4), nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(3)))

@@ -1,4 +1,4 @@
-"""The LightningModule that trains: a frozen teacher, a trainable student, a criterion between them."""
+"""LightningModule for training: a frozen teacher, a trainable student and a criterion."""
 
 from typing import Any
 
@@ -17,17 +17,17 @@ __all__ = ["Distiller"]
 
 
 class Distiller(Scorer):
-    """Trains a student under a criterion and, where some term reads one, a frozen teacher.
+    """Train a student with a criterion and, if a term reads one, a frozen teacher.
 
     Args:
         student: the network to train and deploy.
-        criterion: named, weighted terms; its own parameters are trained beside the student's.
-        teacher: None where no term reads it.
+        criterion: named, weighted terms; their parameters are trained together with the student's.
+        teacher: None if no term reads it.
         optimization: optimizer and schedule; None for a module that is never fitted.
-        protocol: how validation is scored (``transkd.metrics.PROTOCOLS``).
-        device: how images are laid out, and whether networks and terms are compiled.
-        notes: kept in every checkpoint beside the student's description (classes, the teacher's path and hash).
-        gradients_every: steps between two logs of each term's gradient (``gradient_statistics``); 0: none.
+        protocol: validation protocol (``transkd.metrics.PROTOCOLS``).
+        device: memory format of images, and whether networks and terms are compiled.
+        notes: stored in every checkpoint with the student's description (classes, the teacher's path and hash).
+        gradients_every: steps between logs of each term's gradient (``gradient_statistics``); 0 disables them.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class Distiller(Scorer):
         self.gradients_every = gradients_every
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One step of distillation."""
-        if self.compiled:  # CUDA graphs overwrite a step's outputs at the next one
+        """Compute the loss of one batch and log the terms."""
+        if self.compiled:  # CUDA graphs overwrite a step's outputs at the next step
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         image, target, *names = batch
         image = image.to(memory_format=self.memory_format)
@@ -61,7 +61,7 @@ class Distiller(Scorer):
         teacher = self.teacher(image, needs) if self.teacher is not None and needs else None
         parameters = self.student_parameters if self.criterion.calibrating else ()
         loss, values = self.criterion(student, teacher, target, parameters)
-        if not loss.isfinite():  # the one place where a step waits for the device
+        if not loss.isfinite():  # the only synchronisation with the device in a step
             raise UserError(self._not_finite(values, names))
         named = {f"train/{name}": value.detach() for name, value in values.items()}
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=len(image))
@@ -73,7 +73,7 @@ class Distiller(Scorer):
 
     @property
     def student_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer trains of the student."""
+        """Parameters of the student that require grad."""
         return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
 
     def _progress(self) -> Progress:
@@ -86,29 +86,29 @@ class Distiller(Scorer):
         return (
             f"the loss is not finite at epoch {self.current_epoch}, step {self.global_step} ({terms}); "
             f"files of the batch: {files}. The last good checkpoint is kept: lower the learning rate, "
-            "use trainer.precision=32-true or trainer.gradient_clip_val=1, and go on with ckpt_path=last"
+            "use trainer.precision=32-true or trainer.gradient_clip_val=1, and resume with ckpt_path=last"
         )
 
     def on_after_backward(self) -> None:
-        """Copy gradients that the next batch is added to: a CUDA graph would overwrite them."""
+        """Copy gradients when accumulating over batches: a CUDA graph would overwrite them."""
         if self.compiled and self.trainer.accumulate_grad_batches > 1:
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad = parameter.grad.clone()
 
     def on_fit_start(self) -> None:
-        """Refuse, before the first step, a schedule that never turns on in a run of this length."""
+        """Check before the first step that every schedule turns on in a run of this length."""
         if self.criterion.schedules:
             end = self._progress()
             self.criterion.check_schedules(end.steps, end.epochs)
 
     def configure_optimizers(self) -> Any:
-        """Optimizer and schedule over the student and the terms' own parameters."""
+        """Build optimizer and schedule for the student's and the terms' parameters."""
         assert self.optimization is not None, "a Distiller without an optimization cannot be fitted"
         return self.optimization.configure([p for p in self.parameters() if p.requires_grad], self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the student in its checkpoint; refuse to replace a good one by weights that are not finite."""
+        """Add the student's description; raise an error instead of overwriting a good checkpoint with NaN weights."""
         broken = next((name for name, p in self.named_parameters() if not p.isfinite().all()), None)
         if broken is not None:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Scoring one file of weights."""
+"""Evaluate a file of weights."""
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -17,7 +17,7 @@ __all__ = ["evaluate"]
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Score one file of weights on the validation split; prints the table and writes ``results.json``."""
+    """Evaluate a file of weights on the validation split; print a table and write ``results.json``."""
     settings = EvaluateSettings.read(cfg)
     check_arguments(cfg)
     prepare_process(settings.keep_freed_memory)
@@ -31,7 +31,7 @@ def evaluate(cfg: DictConfig) -> None:
     if network.num_classes != data.num_classes:
         raise UserError(
             f"{settings.weights} has {network.num_classes} classes, the data {settings.name} has {data.num_classes}; "
-            "choose the experiment that it was trained on"
+            "choose the experiment that it was trained with"
         )
     data.prepare_data()
     scores = score(network, data, settings.protocol, build_side_trainer(cfg))

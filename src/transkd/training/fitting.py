@@ -1,4 +1,4 @@
-"""Training to the end, from the start or from a checkpoint."""
+"""Train to the end, from the start or from a checkpoint."""
 
 import logging
 from pathlib import Path
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def find_checkpoint(ckpt_path: str | None, experiment: str) -> str | None:
-    """The checkpoint to go on from; ``last`` is the newest one of this experiment.
+    """Find the checkpoint to resume from; ``last`` is the newest one of this experiment.
 
     Raises:
-        UserError: there is none, or the file is no checkpoint of a run.
+        UserError: there is none, or the file is not a checkpoint of a run.
     """
     if ckpt_path is None:
         return None
@@ -30,11 +30,11 @@ def find_checkpoint(ckpt_path: str | None, experiment: str) -> str | None:
         if not found:
             raise UserError(f"ckpt_path=last: no checkpoints/last.ckpt in any run under {folder.absolute()}")
         path = found[-1]
-    if not read_weights(path).card.get("transkd_version"):  # a missing or damaged file shows in reading
+    if not read_weights(path).card.get("transkd_version"):  # raises for a missing or damaged file
         raise UserError(
-            f"ckpt_path={path} is no checkpoint of a run; to start from its weights say student.weights={path}"
+            f"ckpt_path={path} is no checkpoint of a run; to start from its weights use student.weights={path}"
         )
-    log.info("going on from %s", path)
+    log.info("resuming from %s", path)
     return str(path)
 
 
@@ -42,7 +42,7 @@ def fit(trainer: L.Trainer, distiller: Distiller, data: SegmentationDataModule, 
     """Train to the end.
 
     Raises:
-        UserError: training was interrupted (says how to go on), or the checkpoint is of a run with other settings.
+        UserError: training was interrupted (says how to resume), or the checkpoint is of a run with other settings.
     """
     try:
         trainer.fit(distiller, datamodule=data, ckpt_path=ckpt_path)
@@ -51,8 +51,8 @@ def fit(trainer: L.Trainer, distiller: Distiller, data: SegmentationDataModule, 
             raise
         details = " ".join(str(error).split())[:300]
         raise UserError(
-            f"ckpt_path={ckpt_path} is of a run with another student, other terms or another student.lora; go on with "
+            f"ckpt_path={ckpt_path} is of a run with another student, other terms or another student.lora; resume with "
             f"that run's settings, {Path(ckpt_path).parents[1] / 'config.yaml'} ({details} …)"
         ) from error
     if trainer.interrupted:
-        raise UserError(f"interrupted at epoch {trainer.current_epoch}; go on with ckpt_path=last")
+        raise UserError(f"interrupted at epoch {trainer.current_epoch}; resume with ckpt_path=last")

@@ -1,4 +1,4 @@
-"""Learning-rate schedules beyond what torch has under one name."""
+"""Learning-rate schedules that torch does not have in one class."""
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -7,15 +7,15 @@ __all__ = ["warmup_poly"]
 
 
 def warmup_poly(optimizer: Optimizer, total: int, warmup: int = 0, power: float = 1.0) -> LambdaLR:
-    """Linear warm-up, then polynomial decay to 0; the field's schedule for segmentation.
+    """Linear warm-up, then polynomial decay to 0, the usual schedule in segmentation.
 
     Factor on the base rate at tick t: (t + 1) / (warmup + 1) for t < warmup, then
     (1 − (t − warmup) / (total − warmup))^power, and 0 from ``total`` on. With warmup 0 and power 1 it is the linear
     decay of the TransKD recipe.
 
     Args:
-        optimizer: whose rates are scheduled.
-        total: tick (optimizer step or epoch, as the trainer counts) at which the rate reaches 0.
+        optimizer: its learning rates are scheduled.
+        total: tick (optimizer step or epoch) at which the rate reaches 0.
         warmup: ticks of warm-up.
         power: 1 is linear.
 

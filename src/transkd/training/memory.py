@@ -1,4 +1,4 @@
-"""The C library's memory under training on a CPU."""
+"""Keep freed memory in the process (glibc)."""
 
 import ctypes
 import sys
@@ -9,14 +9,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what tensors free for the next ones, until the process ends.
+    """Let glibc keep freed memory for later allocations, until the process ends.
 
-    By itself glibc hands every block above 32 MB back to the system when it is freed, and the system clears its pages
-    again at the next allocation: a tenth to a fifth of a training step on a CPU at 512×1024
-    (docs/performance.md). No value changes.
+    By default glibc returns every block above 32 MB to the operating system when it is freed, and the system zeroes its
+    pages at the next allocation. On a CPU that takes 10 to 20 % of a training step at 512×1024 (docs/performance.md).
+    Results are unaffected.
 
     Returns:
-        Whether this C library can be told so; only glibc (Linux) can.
+        Whether the setting was applied; only glibc (Linux) has it.
 
     Example:
         >>> keep_freed_memory() in (True, False)

@@ -13,13 +13,13 @@ __all__ = ["Optimization"]
 
 @dataclass(frozen=True)
 class Optimization:
-    """How parameters are trained.
+    """Factories of optimizer and schedule.
 
     Attributes:
         optimizer: ``optimizer(params)``.
         scheduler: ``scheduler(optimizer, total=…)``; None keeps the rate constant.
-        interval: the scheduler's tick, "step" or "epoch".
-        horizon: ticks until the rate reaches 0; None takes the length of the run.
+        interval: tick of the scheduler, "step" or "epoch".
+        horizon: ticks until the rate reaches 0; None means the length of the run.
     """
 
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -28,7 +28,7 @@ class Optimization:
     horizon: int | None = None
 
     def configure(self, parameters: Iterable[nn.Parameter], trainer: Trainer) -> Any:
-        """What ``LightningModule.configure_optimizers`` gives."""
+        """Build the value that ``LightningModule.configure_optimizers`` returns."""
         optimizer = self.optimizer(parameters)
         if self.scheduler is None:
             return optimizer

@@ -1,4 +1,4 @@
-"""What is set once for the process of a command."""
+"""Process-wide settings of a command."""
 
 import logging
 import warnings
@@ -9,7 +9,7 @@ from transkd.training.memory import keep_freed_memory
 
 __all__ = ["prepare_process"]
 
-# Lightning's warnings that concern no user of ours
+# Lightning's warnings that do not apply here
 SILENCED = (
     ".*treespec, LeafSpec.*",
     ".*does not have many workers.*",

@@ -1,4 +1,4 @@
-"""What is refused before anything long begins."""
+"""Checks before anything long begins."""
 
 import logging
 
@@ -16,39 +16,42 @@ __all__ = ["check_schedules", "rehearse", "weigh"]
 
 log = logging.getLogger(__name__)
 
-DOMINANT = 10.0  # times all other terms together
+DOMINANT = 10.0  # ratio to the sum of all other terms from which a term is warned of
 
 
 def check_schedules(criterion: Criterion, data: SegmentationDataModule, epochs: int | None, accumulate: int) -> None:
-    """Refuse schedules that never turn on, as far as the length of the run is known before there is a trainer.
+    """Check that every schedule turns on, if the length of the run is known before a trainer is built.
 
-    The Distiller checks again once Lightning knows the number of steps.
+    The Distiller checks again with Lightning's number of steps.
 
     Args:
         criterion: holds the schedules.
-        data: gives the number of batches.
-        epochs: ``trainer.max_epochs``; None and -1 leave the length to other settings.
-        accumulate: batches a step.
+        data: determines the number of batches.
+        epochs: ``trainer.max_epochs``; with None and -1 other settings determine the length.
+        accumulate: batches per optimizer step.
+
+    Raises:
+        UserError: a schedule never turns on.
     """
     epochs = epochs or 0
     batches = len(data.dataset("train")) // data.batch_size
-    steps = epochs * -(-batches // accumulate)  # the last batches of an epoch make a step, too
+    steps = epochs * -(-batches // accumulate)  # the remaining batches of an epoch are a step too
     if steps > 0:
         criterion.check_schedules(steps, epochs)
 
 
 def rehearse(student: Network, teacher: Network | None, criterion: Criterion, data: SegmentationDataModule) -> None:
-    """Run one image through networks and terms: networks that a term cannot pair are refused here.
+    """Run one image through networks and terms, to find networks that do not fit each other, a term or the data.
 
     Raises:
-        UserError: classes differ, a network does not take the image's size, or a term cannot compare the networks.
+        UserError: classes differ, a network does not accept the image's size, or a term cannot compare the networks.
     """
     if student.num_classes != data.num_classes:
-        raise UserError(f"{student.name} gives {student.num_classes} classes, the data has {data.num_classes}")
+        raise UserError(f"{student.name} has {student.num_classes} classes, the data has {data.num_classes}")
     if teacher is not None and "logits" in criterion.ever_needs and teacher.num_classes != data.num_classes:
         raise UserError(
             f"a term compares logits, but the teacher {teacher.name} has {teacher.num_classes} classes and the data "
-            f"{data.num_classes}; choose terms that read features or embeddings alone (csf, pea, ea, gl_mixer)"
+            f"{data.num_classes}; choose terms that read only features or embeddings (csf, pea, ea, gl_mixer)"
         )
     image, target, _ = collate([data.dataset("train")[0]])
     parts = [part for part in (student, teacher, criterion) if part is not None]
@@ -61,13 +64,13 @@ def rehearse(student: Network, teacher: Network | None, criterion: Criterion, da
 
 
 def weigh(student: Network, teacher: nn.Module | None, criterion: Criterion, data: SegmentationDataModule) -> None:
-    """Log each term's weighted value on one batch, and warn of a term that drowns the others.
+    """Log each term's weighted value on one batch, and warn if one term dominates the others.
 
     Args:
-        student: with its first weights.
+        student: the student with its initial weights.
         teacher: the frozen teacher.
-        criterion: the terms; those off at first or of automatic weight are left out.
-        data: gives the first training images.
+        criterion: the terms; those with an automatic weight or off at first are left out.
+        data: provides the first training images.
     """
     dataset = data.dataset("train")
     batch = collate([dataset[i] for i in range(min(2, data.batch_size, len(dataset)))])
@@ -85,7 +88,7 @@ def weigh(student: Network, teacher: nn.Module | None, criterion: Criterion, dat
         others = sum(weighted.values()) - value
         if len(weighted) > 1 and value > DOMINANT * others > 0:
             log.warning(
-                "the term %s is %.0f times all other terms together, so the student follows it alone: lower "
+                "the term %s is %.0f times the sum of all other terms, so it dominates the training: lower "
                 "criterion.terms.%s.weight, set it by its gradient ('auto(0.5)'), or bring the teacher's features "
                 "to the usual scale with teacher.standardise=true",
                 name,
@@ -95,13 +98,13 @@ def weigh(student: Network, teacher: nn.Module | None, criterion: Criterion, dat
 
 
 def _shown(network: Network, image: Tensor) -> SegmentationOutput:
-    """A network's output for an image; a size that it does not take is the user's mistake."""
+    """Run a network on an image; report a size that it does not accept as a user error."""
     try:
         return network(image)
     except (RuntimeError, AssertionError) as error:
         height, width = image.shape[-2:]
         raise UserError(
-            f"{network.name} cannot take an image of {height}×{width} as the data gives it ({error}). A network of "
-            "fixed size needs its own: change the crop in data.train_transform, or the network's img_size "
+            f"{network.name} does not accept an image of {height}×{width}, the size of the data ({error}). A network "
+            "of fixed size needs that size: change the crop in data.train_transform, or the network's img_size "
             "(student.network.encoder, teacher.network.encoder)"
         ) from error

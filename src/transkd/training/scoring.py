@@ -1,4 +1,4 @@
-"""Scoring a network on the validation split."""
+"""Evaluation of a network on the validation split."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -15,15 +15,15 @@ __all__ = ["Scorer", "score"]
 
 
 class Scorer(L.LightningModule):
-    """Scores a network under a protocol; ``Distiller`` is a Scorer that also trains.
+    """LightningModule that evaluates a network under a protocol; ``Distiller`` adds training.
 
     Args:
-        student: the network to score.
-        protocol: how predictions meet labels (``transkd.metrics.PROTOCOLS``).
-        device: how images are laid out, and whether the network may be compiled, which validation does not use.
+        student: the network to evaluate.
+        protocol: resolution at which predictions are compared with labels (``transkd.metrics.PROTOCOLS``).
+        device: memory format of images, and whether the network is compiled; validation runs it eagerly anyway.
 
     Attributes:
-        scores: of the last validation; None before the first.
+        scores: scores of the last validation; None before the first.
     """
 
     def __init__(self, student: Network, protocol: str = "full-res", device: Device | None = None) -> None:
@@ -37,13 +37,13 @@ class Scorer(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add one batch to the confusion matrix."""
         image, target, *_ = batch
-        # Images of validation have other sizes than those of training; each would be compiled.
+        # eager: validation images differ in size from training crops, and each size would be compiled
         with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
             logits = self.student(image.to(memory_format=self.memory_format)).logits
         self.score.update(logits, target)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of the split under the protocol's name."""
+        """Log the scores of the split with the protocol in their name."""
         self.scores = self.score.compute()
         self.score.reset()
         stamp = f"val/{self.score.protocol}"
@@ -54,7 +54,7 @@ class Scorer(L.LightningModule):
 def score(
     network: Network, data: SegmentationDataModule, protocol: str, trainer: L.Trainer, device: Device | None = None
 ) -> Scores:
-    """Score a network on the validation split; its mode is left as it was."""
+    """Evaluate a network on the validation split; restores its training mode."""
     scorer = Scorer(network, protocol, device)
     was_training = network.training
     trainer.validate(scorer, datamodule=data, verbose=False)

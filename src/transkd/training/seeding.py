@@ -1,4 +1,4 @@
-"""Randomness that depends on seed and epoch alone."""
+"""Random state that depends only on seed, epoch and rank."""
 
 import lightning as L
 import torch
@@ -7,7 +7,7 @@ __all__ = ["EpochSeed"]
 
 
 class EpochSeed(L.Callback):
-    """Seed dropout and stochastic depth at each epoch by seed, epoch and rank, so that a resumed run repeats them."""
+    """Seed dropout and stochastic depth at each epoch by seed, epoch and rank; a resumed run reproduces them."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

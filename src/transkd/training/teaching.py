@@ -1,4 +1,4 @@
-"""The teacher of a run: trained where that was asked for, loaded, checked."""
+"""Find, load and check the teacher's weights."""
 
 import hashlib
 import json
@@ -21,16 +21,16 @@ log = logging.getLogger(__name__)
 
 
 def kept_teacher(settings: TeacherSettings, experiment: str, name: str, recipe: Sequence[Any]) -> Path:
-    """Where a teacher that is trained in the run itself is kept for later runs with the same recipe.
+    """Path of a teacher trained within a run, shared with later runs of the same recipe.
 
     Args:
-        settings: of the teacher.
-        experiment: the run's name.
-        name: the network's name.
-        recipe: plain values of everything that its training depends on; their hash is part of the file's name.
+        settings: the teacher's settings.
+        experiment: name of the run.
+        name: name of the network.
+        recipe: plain values of everything that its training depends on; the file name contains their hash.
 
     Raises:
-        UserError: there is neither a file of weights nor a number of epochs to train for.
+        UserError: neither a file of weights nor a number of epochs to train for is given.
     """
     if not settings.fit.max_epochs:
         raise UserError(
@@ -43,24 +43,28 @@ def kept_teacher(settings: TeacherSettings, experiment: str, name: str, recipe: 
 
 
 def load_teacher(network: Network, source: str | Path, license: str | None, license_policy: str) -> dict[str, Any]:
-    """Load the teacher's weights; gives what is noted of them in checkpoints and results."""
+    """Load the teacher's weights; return their description for checkpoints and results."""
     load_weights(network, source, license=license)
     check_license_policy(network.lineage, license_policy, f"the teacher {network.name}")
     return {"teacher_weights": str(source), "teacher_sha256": sha256(source), "teacher_name": network.name}
 
 
 def can_be_scored(network: Network, data: SegmentationDataModule) -> bool:
-    """Whether the teacher has the data's classes; logged where it does not."""
+    """Whether the network has the data's number of classes; logs it if not."""
     if network.num_classes == data.num_classes:
         return True
-    log.info("teacher: not scored, since it has %d classes and the data %d", network.num_classes, data.num_classes)
+    log.info("teacher: not evaluated, since it has %d classes and the data %d", network.num_classes, data.num_classes)
     return False
 
 
 def check_scores(scores: Scores, protocol: str, min_miou: float) -> None:
-    """Log the teacher's score and refuse a teacher below ``teacher.min_miou``."""
+    """Log the teacher's score.
+
+    Raises:
+        UserError: the mIoU is below ``teacher.min_miou`` or NaN.
+    """
     log.info("teacher: mIoU %.2f %% (%s)", 100 * scores.miou, protocol)
-    if not scores.miou >= min_miou:  # refuses NaN, too
+    if not scores.miou >= min_miou:  # also true for NaN
         raise UserError(
             f"the teacher reaches only mIoU {scores.miou:.3f} on the validation split, below "
             f"teacher.min_miou={min_miou}: wrong weights, classes or normalisation? "

@@ -183,7 +183,7 @@ def test_a_wrapped_modules_file_holds_its_own_names(tmp_path):
     assert all(torch.equal(tensor, other.module.state_dict()[name]) for name, tensor in one.state_dict().items())
     torch.save(one.module.state_dict(), tmp_path / "bare.pth")
     load_weights(other, tmp_path / "bare.pth")
-    with pytest.raises(UserError, match=r"does not say which network it holds"):
+    with pytest.raises(UserError, match=r"does not say which network it contains"):
         load_segmenter(tmp_path / "student.safetensors")
 
 

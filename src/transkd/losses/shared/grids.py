@@ -20,6 +20,7 @@ __all__ = [
     "logits_pair",
     "nearest",
     "on_grid",
+    "valid_on_grid",
 ]
 
 GRIDS = ("teacher", "student", "labels")
@@ -76,6 +77,15 @@ def labels_on_grid(target: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]
     labels = nearest(target, size).long()
     valid = (labels != IGNORE) & (labels >= 0)
     return labels.masked_fill(~valid, 0), valid
+
+
+def valid_on_grid(term: object, target: Tensor | None, maps: Tensor) -> Tensor:
+    """Mask of the positions of maps [B, C, h, w] that have a label, bool [B, h, w].
+
+    Raises:
+        UserError: target is None.
+    """
+    return labels_on_grid(require_target(term, target), maps.shape[-2:])[1]
 
 
 def class_members(labels: Tensor, valid: Tensor, num_classes: int) -> Tensor:

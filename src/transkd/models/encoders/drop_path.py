@@ -35,7 +35,7 @@ class DropPath(drop.DropPath):
     @drop_prob.setter
     def drop_prob(self, rate: float) -> None:
         self._drop_prob, self._drops = rate, rate > 0
-        if "keep" in self._buffers:  # not yet in timm's own constructor
+        if hasattr(self, "keep"):  # missing while timm's constructor runs
             self.keep = torch.full_like(self.keep, 1 - rate)
 
     def forward(self, x: Tensor) -> Tensor:

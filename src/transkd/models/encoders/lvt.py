@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from transkd.errors import UserError
 from transkd.layers.attention import attend
 from transkd.layers.patch_embedding import OverlapPatchEmbedding, init_vision_weights
 from transkd.layers.token_linear import TokenLinear
 from transkd.models.encoders.drop_path import DropPath
-from transkd.models.encoders.mit import to_tokens
+from transkd.models.encoders.mit import check_size, to_tokens
 
 __all__ = ["LiteVisionTransformer"]
 
@@ -210,11 +209,7 @@ class LiteVisionTransformer(nn.Module):
 
     def forward_stages(self, image: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return features and patch embeddings of the four stages."""
-        if min(image.shape[-2:]) < 32:
-            raise UserError(
-                f"LVT needs an image of at least 32×32 pixels, got {image.shape[-2]}×{image.shape[-1]}: "
-                "its deepest stage has stride 32. Resize or pad the image."
-            )
+        check_size("LVT", image)
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         features, embeddings = [], []
         feature = image

@@ -19,6 +19,19 @@ from transkd.models.encoders.drop_path import DropPath
 __all__ = ["MixTransformer"]
 
 
+def check_size(name: str, image: Tensor) -> None:
+    """Check that an image [B, 3, H, W] is at least 32×32.
+
+    Raises:
+        UserError: it is smaller; names the encoder.
+    """
+    if min(image.shape[-2:]) < 32:
+        raise UserError(
+            f"{name} needs an image of at least 32×32 pixels, got {image.shape[-2]}×{image.shape[-1]}: "
+            "its deepest stage has stride 32. Resize or pad the image."
+        )
+
+
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """View tokens [B, N, C] as a map [B, C, H, W]; no copy, the map is channels-last in memory."""
     # reshape before permute: a batch of one then also has channels-last strides, which convolutions check
@@ -156,11 +169,7 @@ class MixTransformer(nn.Module):
         self, image: Tensor, num_stages: int | None = None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return features and patch embeddings of the first ``num_stages`` stages, by default of all."""
-        if min(image.shape[-2:]) < 32:
-            raise UserError(
-                f"MiT needs an image of at least 32×32 pixels, got {image.shape[-2]}×{image.shape[-1]}: "
-                "its deepest stage has stride 32. Resize or pad the image."
-            )
+        check_size("MiT", image)
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         features, embeddings = [], []
         feature = image

@@ -1,4 +1,4 @@
-"""A student that starts where its teacher is: its first weights, before any step of training."""
+"""Initialisation of a student from its teacher, before any training step."""
 
 from transkd.models.inherit.copying import start_from_teacher
 from transkd.models.inherit.methods import inherit

@@ -1,4 +1,4 @@
-"""Activations of both networks, batch by batch: few are kept, on disk; the others are computed when asked for."""
+"""Activations of both networks by batch: a few are stored on disk, the others are computed on demand."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ __all__ = ["Activations", "Batch", "Rule"]
 
 
 class Batch(dict[str, Any]):
-    """One batch's activations by name; what was not asked for yet is computed by its rule or read from disk."""
+    """Activations of one batch by name; a missing one is computed by its rule or read from disk."""
 
     def __init__(self, folder: Path, rules: dict[str, "Rule"]) -> None:
         super().__init__()
@@ -28,10 +28,10 @@ Rule = Callable[[Batch], Any]
 
 
 class Activations:
-    """The batches, to go through as often as there are fits.
+    """Batches of activations; iterate over them once per fit.
 
-    Memory holds one batch at a time, however many images there are. What lies between two fits is stored on disk (in
-    the folder for temporary files, which ``TMPDIR`` names) and removed with ``close``.
+    Only one batch is in memory at a time. Activations kept between fits are stored on disk, in the folder for temporary
+    files (``TMPDIR``), until ``close``.
 
     Example:
         >>> batches = Activations()
@@ -55,7 +55,7 @@ class Activations:
         return len(self._folders)
 
     def append(self, **stored: Any) -> None:
-        """Add a batch of which this is known."""
+        """Add a batch with these stored activations."""
         folder = Path(self._home.name) / str(len(self))
         folder.mkdir()
         self._folders.append(folder)
@@ -63,11 +63,11 @@ class Activations:
             torch.save(value, folder / name)
 
     def define(self, **rules: Rule) -> None:
-        """Say how further activations are computed from those that are there, or from each other."""
+        """Define how further activations are computed from stored ones or from each other."""
         self._rules.update(rules)
 
     def store(self, **sources: str) -> None:
-        """Compute activations and keep them under new names; all rules are forgotten."""
+        """Compute activations and store them under new names; removes all rules."""
         for batch in self:
             kept = {name: batch[source] for name, source in sources.items()}
             for name, value in kept.items():
@@ -75,5 +75,5 @@ class Activations:
         self._rules = {}
 
     def close(self) -> None:
-        """Remove what is on disk."""
+        """Delete the files."""
         self._home.cleanup()

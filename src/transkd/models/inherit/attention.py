@@ -1,4 +1,4 @@
-"""Attention of a block, solved: queries, keys and values of narrower or other heads, and their projection."""
+"""Solve a block's attention: queries, keys and values of fewer or narrower heads, and the projection."""
 
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ __all__ = ["solve_attention", "token_weight"]
 def solve_attention(theirs: Block, ours: Block, basis: Basis, batches: Activations, solving: Solving) -> None:
     """Solve norm1 and attention of a block.
 
-    The batches know the tokens that enter the teacher's block, "entry_t", those after its attention, "middle_t", and
-    the student's "student"; afterwards "student" is the student's after its attention.
+    The batches contain the teacher's tokens before the block, "entry_t", and after its attention, "middle_t", and the
+    student's tokens "student", which are replaced by those after its attention.
     """
     teacher, student = theirs.attention, ours.attention
     batches.define(normed_t=lambda b: theirs.norm1(b["entry_t"]), normed_s=lambda b: ours.norm1(b["student"]))
@@ -53,7 +53,7 @@ def solve_attention(theirs: Block, ours: Block, basis: Basis, batches: Activatio
         solving,
         both.T @ teacher.kv.weight @ reader.T,
     )
-    student.kv.weight[spare] = start[spare]  # at 0 they would get no gradient
+    student.kv.weight[spare] = start[spare]  # zero keys and values would get no gradient
     fit_linear(
         batches,
         student.proj,
@@ -67,16 +67,16 @@ def solve_attention(theirs: Block, ours: Block, basis: Basis, batches: Activatio
 
 
 def token_weight(tokens: Tensor) -> Tensor:
-    """How much each token of the stream [B, N, C] counts, [B, N]: the norms that read it divide by its deviation."""
+    """Weights [B, N] of tokens [B, N, C] in a fit: the reciprocal variance, as the following LayerNorms normalise."""
     return tokens.var(-1).add(1e-6).reciprocal()
 
 
 def _solve_reduction(
     theirs: Block, student: Attention, basis: Basis, reader: Tensor, batches: Activations, solving: Solving
 ) -> Tensor:
-    """Solve the convolution that shrinks the map, and its norm; gives the map [C_s, C_t] back to the teacher's context.
+    """Solve the spatial reduction and its norm; return the matrix [C_s, C_t] from our context to the teacher's.
 
-    What comes of it is read by keys and values alone, so it has a basis of its own.
+    Only keys and values read the reduced map, so it has a basis of its own.
     """
     teacher = theirs.attention
     assert teacher.reduce is not None
@@ -107,7 +107,7 @@ def _solve_reduction(
 
 
 class HeadMaps(NamedTuple):
-    """What the student's queries, keys and values are of the teacher's [C_t, C_s], and back for values [C_s, C_t]."""
+    """Maps [C_t, C_s] from the teacher's queries, keys and values to the student's, and back [C_s, C_t] for values."""
 
     query: Tensor
     key: Tensor
@@ -116,11 +116,11 @@ class HeadMaps(NamedTuple):
 
 
 def head_maps(teacher: Attention, student: Attention, basis: Basis, batches: Activations) -> HeadMaps:
-    """Low-rank factors of the teacher's heads for the student's.
+    """Low-rank factors of the teacher's heads for those of the student.
 
-    A head of the student stands for one of the teacher's: of more heads the teacher's those with the largest outputs
-    are kept; of fewer each is shared by several of the student's, which take different parts of its values. Queries
-    are scaled, since the soft-max divides scores by the root of the head's own width.
+    Each of the student's heads approximates one of the teacher's. If the teacher has more heads, those with the largest
+    outputs are kept; if it has fewer, several of the student's share one and take different parts of its values.
+    Queries are rescaled, because the scores are divided by the root of the head's width.
     """
     like = teacher.q.weight
     if (teacher.heads, teacher.width) == (student.heads, student.width):
@@ -162,7 +162,7 @@ def _head_factors(
 
 
 def _heads(teacher: Attention, batch: Batch) -> tuple[tuple[Tensor, ...], ...]:
-    """Queries, keys and outputs of each head; a part of the keys that all have in common does not change soft-max."""
+    """Queries, keys and outputs of each head; keys are centred, since a common offset does not change the softmax."""
     tokens = batch["normed_t"]
     query, pair = teacher.q(tokens), teacher.kv(teacher.context(tokens, batch["grid"]))
     keys = pair.chunk(2, dim=-1)[0]
@@ -172,7 +172,7 @@ def _heads(teacher: Attention, batch: Batch) -> tuple[tuple[Tensor, ...], ...]:
 
 
 def _shared_heads(sizes: list[float], count: int) -> list[tuple[int, int]]:
-    """For each of the student's heads the teacher's that it stands for, and which part of its values it takes."""
+    """For each of the student's heads, the index of the teacher's head and of the part of its values."""
     if count <= len(sizes):
         largest = sorted(range(len(sizes)), key=lambda head: -sizes[head])[:count]
         return [(head, 0) for head in sorted(largest)]

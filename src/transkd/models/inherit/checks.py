@@ -1,4 +1,4 @@
-"""What is refused before anything is solved, each with one line that says what would work."""
+"""Checks before anything is solved; each message says what would work."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
@@ -113,7 +113,7 @@ def _check_heads(theirs: nn.Module, ours: nn.Module) -> None:
 
 
 def check_finite(network: Network) -> None:
-    """Refuse a teacher whose weights hold NaN or infinity."""
+    """Raise an error if the teacher's weights contain NaN or infinity."""
     for name, tensor in network.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(

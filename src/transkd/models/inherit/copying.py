@@ -1,4 +1,4 @@
-"""The teacher's weights as they are, as a student's start: same widths, fewer blocks."""
+"""Initialise a student by copying the teacher's weights: same widths, at most as many blocks."""
 
 import logging
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ def start_from_teacher(student: Network, teacher: Network) -> None:
     Of a stage with d_t blocks in the teacher and d_s in the student, the student takes blocks 0, r, 2r, … of the
     teacher with ``r = ⌈d_t / d_s⌉``, as DistilBERT (arXiv 1910.01108, section 3) and WeCoLoRA (arXiv 2404.09326) do.
     Where these are fewer than d_s, as for 3 of 4, block j takes ``j·d_t // d_s``, spread evenly. A decode head of
-    another size stays at its random start, which is logged.
+    another size keeps its random weights, which is logged.
 
     Args:
-        student: changed in place; left as it is when anything does not fit.
-        teacher: of the same kind of encoder.
+        student: changed in place; unchanged if an error is raised.
+        teacher: has the same kind of encoder.
 
     Raises:
         UserError: the encoders differ in more than depth, such as in width.
@@ -48,20 +48,20 @@ def start_from_teacher(student: Network, teacher: Network) -> None:
             f"{_shape(theirs.get(sources[name]))} in {teacher.name}. A student can start from a teacher of the same "
             "kind and widths that is at least as deep, such as segformer_b1 from segformer_b2"
         )
-    if unlike:  # a head of another width: none of it, since its layers belong together
+    if unlike:  # the head differs in width: copy none of it, since its layers depend on each other
         log.info("student.from_teacher: the decode heads differ in size; the student's starts from random weights")
         sources = {name: source for name, source in sources.items() if not name.startswith("head.")}
     take_over(student, teacher, {name: theirs[source] for name, source in sources.items()})
 
 
 def block_sources(student: nn.Module, teacher: nn.Module) -> dict[str, str]:
-    """For each tensor of the student its name in the teacher, whose blocks have other numbers in deeper stages."""
+    """Map names of the student's tensors to the teacher's; in deeper stages the numbers of the blocks differ."""
     blocks = _shortened_lists(student, teacher)
     return {name: _source_name(name, blocks) for name in student.state_dict()}
 
 
 def take_over(student: Network, teacher: Network, tensors: Mapping[str, Tensor]) -> None:
-    """Give the student some of its tensors from the teacher, with the normalisation and lineage of these."""
+    """Load tensors from the teacher into the student, and copy the normalisation and lineage."""
     student.load_state_dict({**student.state_dict(), **tensors})
     for name, taken in _shortened_lists(student, teacher).items():
         of = len(list(teacher.get_submodule(name).children()))
@@ -70,14 +70,14 @@ def take_over(student: Network, teacher: Network, tensors: Mapping[str, Tensor])
 
 
 def take_normalisation(student: Network, teacher: Network) -> None:
-    """Copied weights need the teacher's normalisation, and their origin goes with them."""
+    """Copy the teacher's normalisation, as copied weights need it, and merge its lineage."""
     student.mean.copy_(teacher.mean)
     student.std.copy_(teacher.std)
     student.lineage = merge_lineage(student.lineage, teacher.lineage)
 
 
 def _shortened_lists(student: nn.Module, teacher: nn.Module) -> dict[str, list[int]]:
-    """Names of the lists of blocks that are shorter in the student, with the blocks of the teacher to take."""
+    """Names of lists of blocks that are shorter in the student, with the indices of the teacher's blocks to copy."""
     lists = (nn.ModuleList, nn.Sequential)
     deeper = {name: len(module) for name, module in teacher.named_modules() if isinstance(module, lists)}
     return {
@@ -88,7 +88,7 @@ def _shortened_lists(student: nn.Module, teacher: nn.Module) -> dict[str, list[i
 
 
 def _taken(depth: int, count: int) -> list[int]:
-    """Which blocks of a stage of this depth a student of fewer takes."""
+    """Indices of ``count`` blocks to copy from a stage of ``depth`` blocks."""
     every = list(range(0, depth, -(-depth // count)))
     return every if len(every) == count else [j * depth // count for j in range(count)]
 

@@ -1,4 +1,4 @@
-"""The decode head, solved on the features of the student."""
+"""Solve the decode head on the student's features."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -15,19 +15,19 @@ from transkd.models.inherit.subspaces import Moments, reconstructing_units
 
 __all__ = ["solve_head"]
 
-POSITIONS = 16  # for each unit that there is to choose from
+POSITIONS = 16  # image positions per candidate unit
 
 
 def solve_head(
     theirs: nn.Module, ours: nn.Module, readers: Sequence[Tensor], batches: Activations, solving: Solving
 ) -> None:
-    """Solve a head for the logits of the teacher's; where the classes differ, the classifier stays as it is.
+    """Fit the student's head to the logits of the teacher's; if the classes differ, the classifier is unchanged.
 
     Args:
         theirs: the teacher's head.
-        ours: the student's, of the same kind.
-        readers: what ``solve_encoder`` gives.
-        batches: know the features "teacher_1" … and "student_1" ….
+        ours: the student's head, of the same kind.
+        readers: result of ``solve_encoder``.
+        batches: contain the features "teacher_1" … and "student_1" ….
         solving: settings.
     """
     stages = range(1, len(readers) + 1)
@@ -44,7 +44,7 @@ def solve_head(
 def _solve_segformer(
     theirs: SegformerHead, ours: SegformerHead, readers: Sequence[Tensor], batches: Activations, solving: Solving
 ) -> None:
-    """Solve the folded maps of all stages at once, then the classifier; the fusing convolution then adds them up."""
+    """Solve the projections of all stages jointly, then the classifier; the fusing convolution becomes a sum."""
     weights, bias = theirs.fold()
     batches.define(
         active_t=lambda b: F.relu(theirs.linear_fuse.bn(_folded(weights, bias, b["features_t"]))),
@@ -78,13 +78,13 @@ def _solve_segformer(
 
 
 def _folded(weights: Sequence[Tensor], bias: Tensor, features: Sequence[Tensor]) -> Tensor:
-    """The sum of a SegFormer head before its BatchNorm."""
+    """Input of a SegFormer head's BatchNorm: the sum of the projected and upsampled features."""
     maps = [F.conv2d(feature, weight) for feature, weight in zip(features, weights, strict=True)]
     return torch.stack([upsampled(m, maps[0].shape[-2:]) for m in maps]).sum(0) + bias[:, None, None]
 
 
 def _kept_units(theirs: SegformerHead, ours: SegformerHead, batches: Activations, solving: Solving) -> Tensor:
-    """Which units of the teacher's head a narrower one takes: those that explain the logits best."""
+    """Indices of the teacher's units that a narrower head keeps: those that explain the logits best."""
     count, of = ours.linear_pred.in_channels, theirs.linear_pred.in_channels
     if count == of:
         return torch.arange(of)
@@ -100,7 +100,7 @@ def _kept_units(theirs: SegformerHead, ours: SegformerHead, batches: Activations
 def _solve_other(
     theirs: nn.Module, ours: nn.Module, readers: Sequence[Tensor], batches: Activations, solving: Solving
 ) -> None:
-    """Take over the layers of one shape; solve those that read the narrower features, in order, then the classifier."""
+    """Copy layers of equal shape; solve those that read the narrower features, in order, then the classifier."""
     order = _calls(theirs, next(iter(batches))["features_t"])
     source, target = theirs.state_dict(), ours.state_dict()
     ours.load_state_dict({name: source[name] if source[name].shape == x.shape else x for name, x in target.items()})
@@ -124,7 +124,7 @@ def _solve_other(
 
 
 def _calls(head: nn.Module, features: Sequence[Tensor]) -> list[str]:
-    """The names of a head's convolutions in the order in which they run."""
+    """Names of a head's convolutions in execution order."""
     order: list[str] = []
     convolutions = [(name, module) for name, module in head.named_modules() if isinstance(module, nn.Conv2d)]
     handles = [module.register_forward_hook(lambda *_, name=name: order.append(name)) for name, module in convolutions]
@@ -137,7 +137,7 @@ def _calls(head: nn.Module, features: Sequence[Tensor]) -> list[str]:
 
 
 def _look(head: nn.Module, name: str, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """What a layer reads and gives as the head runs."""
+    """Input and output of a layer when the head runs."""
     seen: list[Any] = []
     handle = head.get_submodule(name).register_forward_hook(lambda _, given, output: seen.append((given[0], output)))
     try:

@@ -1,4 +1,4 @@
-"""The walk through an encoder: stage by stage, block by block, each layer solved on what the student gives so far."""
+"""Solve an encoder stage by stage and block by block; each layer is fitted on the activations of the solved part."""
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,15 @@ __all__ = ["solve_encoder"]
 
 
 def solve_encoder(teacher: list[Stage], student: list[Stage], batches: Activations, solving: Solving) -> list[Tensor]:
-    """Solve all stages; the batches know the normalised image as "teacher_0" and "student_0".
+    """Solve all stages; the batches contain the normalised image as "teacher_0" and "student_0".
 
-    Leaves the features "teacher_1" … and "student_1" … with the batches.
+    Adds the features "teacher_1" … and "student_1" … to the batches.
 
     Returns:
-        For each stage a matrix [C_s, C_t]: the teacher's features are about the student's times this.
+        For each stage a matrix [C_s, C_t]; the teacher's features are approximately the student's times this matrix.
     """
     like = teacher[0].embed.weight
-    readers = [torch.eye(like.shape[1], dtype=like.dtype, device=like.device)]  # both see the same image
+    readers = [torch.eye(like.shape[1], dtype=like.dtype, device=like.device)]  # the image is the same for both
     for i, (theirs, ours) in enumerate(zip(teacher, student, strict=True)):
         basis = _stage_basis(theirs, ours, batches, i, solving)
         _solve_embedding(theirs, ours, basis, readers[-1], batches, i, solving)
@@ -39,7 +39,7 @@ def solve_encoder(teacher: list[Stage], student: list[Stage], batches: Activatio
 
 
 def _stage_basis(theirs: Stage, ours: Stage, batches: Activations, i: int, solving: Solving) -> Basis:
-    """The basis of a stage's stream: what its norms make of it is what its layers and the next stage read."""
+    """Basis of a stage's residual stream, from the normalised tokens, as only those are read by its layers."""
     if theirs.width == ours.width:
         return identity_basis(theirs.embed.weight)
     moments = Moments()
@@ -62,7 +62,7 @@ def _stage_basis(theirs: Stage, ours: Stage, batches: Activations, i: int, solvi
 def _solve_embedding(
     theirs: Stage, ours: Stage, basis: Basis, reader: Tensor, batches: Activations, i: int, solving: Solving
 ) -> None:
-    """Solve the patch embedding of stage i (from 0); the batches know "teacher", "student" and "grid" afterwards."""
+    """Solve the patch embedding of stage i (from 0); adds "teacher", "student" and "grid" to the batches."""
     norm = theirs.embed_norm
     mix = basis.down if basis.identity else _centred(norm.weight[:, None] * basis.down)
 
@@ -89,15 +89,15 @@ def _solve_embedding(
 
 
 def _centred(mix: Tensor) -> Tensor:
-    """[C_t, C_s], so that a constant over the channels of what it multiplies goes: LayerNorm takes it off as well."""
+    """Centre [C_t, C_s] over the input channels: a constant over them is dropped, as LayerNorm does."""
     return mix - mix.mean(0)
 
 
 def _solve_block(theirs: list[Block], ours: Block, basis: Basis, batches: Activations, solving: Solving) -> None:
-    """Solve a block that stands for some of the teacher's.
+    """Solve one block of the student for one or more consecutive blocks of the teacher.
 
-    Its attention is that of the first of them, the only one that reads what the student has; its Mix-FFN takes over
-    as much as it can of the rest.
+    Its attention is fitted to that of the first of them, the only one with the same input; its Mix-FFN is fitted to the
+    remaining change up to the end of the last.
     """
 
     def trace(batch: Batch) -> list[Tensor]:
@@ -118,7 +118,7 @@ def _solve_block(theirs: list[Block], ours: Block, basis: Basis, batches: Activa
 
 
 def _solve_norm(theirs: Stage, ours: Stage, basis: Basis, batches: Activations, stage: int) -> None:
-    """Solve the norm after a stage (from 1), and keep the features that it gives."""
+    """Solve the norm after a stage (from 1), and store the features."""
     fit_norm(batches, ours.norm, lambda b: b["student"], lambda b: basis.normed(theirs.norm, b["teacher"]))
     batches.define(
         feature_t=lambda b: to_map(theirs.norm(b["teacher"]), b["grid"]),

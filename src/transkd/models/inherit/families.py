@@ -1,4 +1,4 @@
-"""Views of the encoders that can be solved: the same parts under one name each, whatever their modules are called."""
+"""Views of the encoders that can be solved, with the same names for the parts of each family."""
 
 import re
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Attention:
-    """Multi-head attention to a map that a strided convolution shrinks, where there is one."""
+    """Multi-head attention; keys and values come from a map reduced by a strided convolution, if ``reduce`` is set."""
 
     q: nn.Linear
     kv: nn.Linear
@@ -34,16 +34,16 @@ class Attention:
         return self.q.out_features // self.heads
 
     def shrunk(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The shrunk map before its norm, tokens [B, N, C] to [B, M, C]."""
+        """Reduced map before its norm: tokens [B, N, C] to [B, M, C]."""
         assert self.reduce is not None
         return to_tokens(self.reduce(to_map(tokens, grid)))
 
     def context(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """What keys and values are made of, [B, M, C]."""
+        """Input of keys and values, [B, M, C]."""
         return tokens if self.norm is None else self.norm(self.shrunk(tokens, grid))
 
     def attended(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """The heads' outputs side by side, [B, N, C]."""
+        """Concatenated outputs of the heads, [B, N, C]."""
         return attend(self.q(tokens), self.kv(context), self.heads)
 
     def __call__(self, tokens: Tensor, grid: Grid) -> Tensor:
@@ -60,11 +60,11 @@ class FeedForward:
     fc2: nn.Linear
 
     def filtered(self, hidden: Tensor, grid: Grid) -> Tensor:
-        """The depth-wise convolution of hidden units [B, N, H]."""
+        """Depth-wise convolution of hidden units [B, N, H]."""
         return to_tokens(self.depthwise(to_map(hidden, grid)))
 
     def activated(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The hidden units' activations [B, N, H]."""
+        """Activations of the hidden units [B, N, H]."""
         return F.gelu(self.filtered(self.fc1(tokens), grid))
 
     def __call__(self, tokens: Tensor, grid: Grid) -> Tensor:
@@ -82,11 +82,11 @@ class Block:
     ffn: FeedForward
 
     def attend(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The first half of the block."""
+        """Attention with its residual connection."""
         return tokens + self.attention(self.norm1(tokens), grid)
 
     def feed(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The second half of the block."""
+        """Mix-FFN with its residual connection."""
         return tokens + self.ffn(self.norm2(tokens), grid)
 
     def __call__(self, tokens: Tensor, grid: Grid) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mix-FFN of a block, solved: which hidden units it takes over, what they read, what is read of them."""
+"""Solve a block's Mix-FFN: select hidden units, then fit their input and output weights."""
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +12,17 @@ from transkd.models.inherit.subspaces import Basis, reconstructing_units
 
 __all__ = ["solve_feed_forward"]
 
-POSITIONS = 16  # for each hidden unit that there is to choose from
+POSITIONS = 16  # image positions per candidate hidden unit
 
 
 def solve_feed_forward(theirs: list[Block], ours: Block, basis: Basis, batches: Activations, solving: Solving) -> None:
-    """Solve norm2 and Mix-FFN of a block that stands for some of the teacher's.
+    """Solve norm2 and Mix-FFN of the student's block for one or more consecutive blocks of the teacher.
 
-    Its hidden units are chosen among those of all of these blocks, so that the student's stream goes as far as
-    possible from after its own attention to the end of the last of them.
+    Its hidden units are selected from those of all these blocks, to explain best the difference between the student's
+    tokens after its attention and the teacher's after the last block.
 
-    The batches know the teacher's tokens after each block's attention, "middles_t", and at the end, "end_t", and the
-    student's "student"; afterwards "student" is the student's at the end.
+    The batches contain the teacher's tokens after each block's attention, "middles_t", and after the last block,
+    "end_t", and the student's tokens "student", which are replaced by those after the block.
     """
     student = ours.ffn
     batches.define(
@@ -61,7 +61,7 @@ def solve_feed_forward(theirs: list[Block], ours: Block, basis: Basis, batches: 
 
 
 def _hidden(theirs: list[Block], batch: Batch) -> Tensor:
-    """The hidden units of all blocks before their depth-wise convolution, side by side."""
+    """Concatenated hidden units of all blocks before the depth-wise convolution."""
     middles = zip(theirs, batch["middles_t"], strict=True)
     return torch.cat([block.ffn.fc1(block.norm2(middle)) for block, middle in middles], dim=-1)
 
@@ -73,7 +73,7 @@ def _active(theirs: list[Block], batch: Batch) -> Tensor:
 
 
 def _chosen_units(theirs: list[Block], ours: Block, batches: Activations, solving: Solving) -> Tensor:
-    """Which of the teacher's hidden units the student takes, all where it has as many."""
+    """Indices of the teacher's hidden units that the student keeps; all if it has as many."""
     count, of = ours.ffn.fc1.out_features, sum(block.ffn.fc1.out_features for block in theirs)
     if count == of:
         return torch.arange(count)

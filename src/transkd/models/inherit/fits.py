@@ -1,4 +1,4 @@
-"""Elementary fits: one layer of a student by linear least squares on activations, in sums that do not grow."""
+"""Fit one layer by linear least squares on activations, accumulated as sums of constant size."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -23,15 +23,15 @@ def rows(x: Tensor) -> Tensor:
 
 
 def some(positions: int, wanted: float, generator: torch.Generator) -> Tensor:
-    """Indices of so many positions at random, or of all."""
+    """Indices of ``wanted`` random positions, at most all."""
     return torch.randperm(positions, generator=generator)[: max(1, math.ceil(wanted))]
 
 
 class Gram:
     """Least squares ``y ≈ W x + b`` from sums over rows: XᵀX, XᵀY and the means, all in float64.
 
-    The ridge pulls W towards a prior, zero where none is given; it is ``ridge`` times the mean variance of the
-    inputs, times the number of rows. The bias is free.
+    The ridge penalty pulls W towards a prior, by default zero; its strength is ``ridge`` times the mean variance of the
+    inputs times the number of rows. The bias is not penalised.
 
     Example:
         >>> gram = Gram()
@@ -52,7 +52,7 @@ class Gram:
         self.yy: Any = 0.0
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
-        """Add rows: inputs [N, in], targets [N, out], and how much each row counts [N]."""
+        """Add rows: inputs [N, in], targets [N, out] and weights of the rows [N]."""
         x, y = rows(x), rows(y)
         heavy = x if weight is None else x * weight.reshape(-1, 1).double()
         heavy_y = y if weight is None else y * weight.reshape(-1, 1).double()
@@ -72,7 +72,7 @@ class Gram:
         )
 
     def solve(self, ridge: float, prior: Tensor | None = None, bias: bool = True) -> tuple[Tensor, Tensor]:
-        """The weight [out, in] and the bias [out], which is 0 where none is wanted."""
+        """Solve for the weight [out, in] and the bias [out]; without ``bias`` it is 0."""
         xx, xy = self.centred()[:2] if bias else (self.xx / self.mass, self.xy / self.mass)
         # keep the matrix regular where an input never varies
         penalty = ridge * xx.diagonal().mean() + torch.finfo(xx.dtype).eps * xx.diagonal().amax() + 1e-30
@@ -85,13 +85,13 @@ class Gram:
 
 @dataclass
 class Solving:
-    """What all fits of a run share.
+    """Settings and state shared by all fits of a run.
 
     Attributes:
         ridge: strength of the priors, see ``Gram``.
-        generator: of all random numbers.
-        advance: tells the progress bar that a part is done.
-        names: of the student's modules, for messages.
+        generator: source of all random numbers.
+        advance: advances the progress bar.
+        names: names of the student's modules, for messages.
         shortages: layers with fewer image positions than unknowns: name, positions, unknowns.
         notes: whatever else there is to warn of.
     """
@@ -104,7 +104,7 @@ class Solving:
     notes: list[str] = field(default_factory=list)
 
     def check(self, gram: Gram, layer: nn.Module) -> None:
-        """Note a fit with too few positions; refuse one whose sums are not finite."""
+        """Record a fit with too few positions; raise an error if its sums are not finite."""
         name = self.names.get(layer, type(layer).__name__)
         if not bool(torch.isfinite(gram.x).all() and torch.isfinite(gram.y).all()):
             raise UserError(
@@ -137,16 +137,16 @@ def fit_linear(
     prior: Tensor | None = None,
     weight: Rule | None = None,
 ) -> None:
-    """Solve a linear layer or a convolution for the targets.
+    """Fit a linear layer or a convolution to the targets.
 
     Args:
-        batches: to go through once.
+        batches: batches of activations, read once.
         layer: ``nn.Linear`` or ``nn.Conv2d`` (one group), changed in place.
         inputs: tokens [B, N, in] or a map [B, in, H, W] that the layer reads.
-        targets: tokens [B, N', out] or a map [B, out, H', W'] that it should give.
-        solving: how strong the prior is, and where a shortage of positions is noted.
-        prior: weight of the layer's shape that the ridge pulls towards.
-        weight: how much each output position counts [B, N'].
+        targets: tokens [B, N', out] or a map [B, out, H', W'] to fit.
+        solving: strength of the prior; records fits with too few positions.
+        prior: weight towards which the ridge penalty pulls, in the layer's shape.
+        weight: weights of the output positions [B, N'].
     """
     gram = Gram()
     for batch in batches:
@@ -159,15 +159,15 @@ def fit_linear(
 
 
 def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """What a convolution reads of a map [B, C, H, W] at each of its N' output positions: [B, N', C·k·k]."""
+    """Patches of a map [B, C, H, W] that a convolution reads at its N' output positions: [B, N', C·k·k]."""
     unfolded = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)  # type: ignore[arg-type]
     return unfolded.transpose(1, 2)
 
 
 def fit_norm(batches: Iterable[Batch], norm: nn.LayerNorm, inputs: Rule, targets: Rule) -> None:
-    """Solve a LayerNorm's gain and bias channel by channel: one regression with one input each.
+    """Fit a LayerNorm's gain and bias by one univariate regression per channel.
 
-    A channel that never varies keeps its gain; its bias meets the mean.
+    A constant channel keeps its gain, and its bias is fitted to the mean.
     """
     count, sums = 0, torch.zeros(())
     for batch in batches:
@@ -182,7 +182,7 @@ def fit_norm(batches: Iterable[Batch], norm: nn.LayerNorm, inputs: Rule, targets
 
 
 def write(layer: Layer | nn.LayerNorm, weight: Tensor, bias: Tensor) -> None:
-    """Give a layer its solved parameters."""
+    """Copy solved parameters into a layer."""
     layer.weight.copy_(weight.reshape(layer.weight.shape))
     if layer.bias is not None:
         layer.bias.copy_(bias)

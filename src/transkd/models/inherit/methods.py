@@ -1,4 +1,4 @@
-"""``inherit``: a student that starts where its teacher is, by one of three methods."""
+"""``inherit``: initialise a student from its teacher by one of three methods."""
 
 import copy
 import logging
@@ -115,7 +115,7 @@ def _start(
 
 
 def _frozen(network: Network) -> Network:
-    """A copy to compute with, in evaluation mode and float32."""
+    """Copy a network in eval mode and float32."""
     return copy.deepcopy(network).eval().float()
 
 

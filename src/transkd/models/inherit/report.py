@@ -1,4 +1,4 @@
-"""What came of a start: how like its teacher the student is before any step."""
+"""Report of an initialisation: how similar the student is to its teacher before training."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -16,17 +16,17 @@ __all__ = ["InheritReport", "compare"]
 
 @dataclasses.dataclass(frozen=True)
 class InheritReport:
-    """How a student started from its teacher, and how like it is.
+    """How a student was initialised from its teacher, and how similar they are.
 
     Attributes:
         how: "solve", "select" or "copy".
-        images: how many were looked at, mirror images not counted.
-        seconds: that it took, comparison included.
+        images: number of images used, without mirror images.
+        seconds: duration, including the comparison.
         feature_errors: per stage, the share of the variance of the teacher's features that no linear map of the
-            student's explains, in [0, 1]: 0 where nothing is lost. Empty without images.
-        agreement: share of pixels for which both networks' logits have the same largest class; None without images
-            or where the classes differ.
-        warnings: what the log warned of.
+            student's explains, in [0, 1]. Empty without images.
+        agreement: share of pixels with the same argmax of both networks' logits; None without images or if the classes
+            differ.
+        warnings: logged warnings.
 
     Example:
         >>> InheritReport("copy", 0, 0.1).as_dict()["how"]
@@ -51,7 +51,7 @@ class InheritReport:
         return "; ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Values for JSON."""
         return {
             **dataclasses.asdict(self),
             "seconds": round(self.seconds, 2),

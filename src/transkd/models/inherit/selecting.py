@@ -1,4 +1,4 @@
-"""A subset of the teacher's weights as a student's start: weight selection."""
+"""Initialise a student with a subset of the teacher's weights: weight selection."""
 
 import logging
 
@@ -19,17 +19,17 @@ def start_from_subset(student: Network, teacher: Network) -> None:
     """Take evenly spaced indices of the teacher's tensors, along every dimension.
 
     Weight selection, arXiv 2311.18823, section 3.2. Index i of n_s in the student is ``i·n_t // n_s`` of n_t in the
-    teacher, the same for every tensor along the stream, so channels that belong together stay together. That holds
-    for joined tensors as well, keys and values of all heads in one matrix, or the decode head's four maps in one
-    convolution: their parts are of one size, and the rule takes as many of each. Of deeper stages it takes the blocks
-    that "copy" takes. Where the classes differ, the classifier stays at its random start.
+    teacher, the same for all tensors, so corresponding channels stay together. This also holds for concatenated
+    tensors (keys and values of all heads in one matrix, the decode head's four maps in one convolution): their parts
+    have equal sizes, and the rule selects equally many of each. Of deeper stages the same blocks as by "copy" are
+    selected. If the classes differ, the classifier keeps its random weights.
 
     Args:
-        student: changed in place; left as it is when anything does not fit.
-        teacher: has a tensor of the same name, at least as large along every dimension, for each of the student's.
+        student: changed in place; unchanged if an error is raised.
+        teacher: has, for each tensor of the student, one of the same name that is at least as large in every dimension.
 
     Raises:
-        UserError: it has not.
+        UserError: a tensor is missing or too small in the teacher.
 
     Example:
         >>> from transkd.models import create_segmenter
@@ -63,7 +63,7 @@ def start_from_subset(student: Network, teacher: Network) -> None:
 
 
 def _is_classifier(mine: Tensor, its: Tensor, student: Network, teacher: Network) -> bool:
-    """Whether a tensor has an entry for each class, where the classes of both networks differ."""
+    """Whether a tensor has one entry per class and the networks' numbers of classes differ."""
     classes = student.num_classes, teacher.num_classes
     return classes[0] != classes[1] and mine.ndim > 0 and its.ndim > 0 and (len(mine), len(its)) == classes
 

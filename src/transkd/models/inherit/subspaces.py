@@ -1,4 +1,4 @@
-"""What a narrower network keeps of a wider one's activations, from their second moments alone."""
+"""Subspaces of a wider network's activations for a narrower one, computed from second moments."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +22,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Basis:
-    """Teacher's channels to student's and back.
+    """Linear maps from the teacher's channels to the student's and back.
 
     Attributes:
-        down: [C_t, C_s]; the student's stream stands for the teacher's times this.
-        up: [C_s, C_t]; the teacher's normalised tokens are about the student's times this.
-        identity: the student's channels are the teacher's.
+        down: [C_t, C_s]; the student's residual stream approximates the teacher's times this matrix.
+        up: [C_s, C_t]; the teacher's normalised tokens are approximately the student's times this matrix.
+        identity: whether both networks have the same channels.
     """
 
     down: Tensor
@@ -35,52 +35,52 @@ class Basis:
     identity: bool = False
 
     def normed(self, norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
-        """What the student's norm should give where the teacher's reads these tokens, [B, N, C_t] to [B, N, C_s].
+        """Target of the student's norm for tokens that the teacher's reads, [B, N, C_t] to [B, N, C_s].
 
-        In a basis of its own the student's norm does without the teacher's gain, which would not commute with the
-        change of basis; the layers that read it have the gain in their weights (``reader``).
+        With a change of basis the target excludes the teacher's gain, which does not commute with it; the gain is
+        folded into the weights of the layers that read the norm (``reader``).
         """
         if self.identity:
             return norm(tokens)
         return F.layer_norm(tokens, norm.normalized_shape, eps=norm.eps) @ self.down
 
     def reader(self, norm: nn.LayerNorm) -> Tensor:
-        """[C_s, C_t]: the teacher's normed tokens are about the student's times this, plus a constant."""
+        """Matrix [C_s, C_t]; the teacher's norm outputs are about the student's times it, plus a constant."""
         return self.up if self.identity else self.up * norm.weight
 
 
 def identity_basis(like: Tensor) -> Basis:
-    """The basis of a student as wide as its teacher; ``like`` [C, …] says how wide, and of which type."""
+    """Basis of a student as wide as its teacher; ``like`` [C, …] determines width, dtype and device."""
     eye = torch.eye(len(like), device=like.device, dtype=like.dtype)
     return Basis(eye, eye, identity=True)
 
 
 def principal_basis(moment: Tensor, width: int, generator: torch.Generator) -> Basis:
-    """The principal directions of normalised tokens, laid so that LayerNorm treats them as the teacher's does.
+    """Principal directions of normalised tokens, in a basis with which LayerNorm commutes.
 
-    LayerNorm subtracts the mean over channels and divides by the length of the rest. Both commute with a change of
-    basis within the vectors of mean 0 (SliceGPT, arXiv 2401.15024, section 3, folds the mean into the weights
-    instead). So ``width - 1`` directions of mean 0 are taken, and turned at random, that the channels have like
-    variance, into the vectors of mean 0 of the student's channels: LayerNorm loses nothing of what is kept.
+    LayerNorm subtracts the mean over channels and divides by the norm of the rest. Both commute with an orthogonal
+    change of basis of the vectors of mean 0 (SliceGPT, arXiv 2401.15024, section 3, folds the mean into the weights
+    instead). So ``width - 1`` principal directions of mean 0 are mapped to the mean-0 vectors of the student's
+    channels, by a random rotation that equalises the variance of the channels: LayerNorm then loses none of them.
 
     Args:
-        moment: second moment E[x xᵀ] [C_t, C_t] of tokens whose channels have mean 0.
+        moment: second moment E[x xᵀ] [C_t, C_t] of tokens with mean 0 over the channels.
         width: channels of the student.
-        generator: of the turn.
+        generator: random numbers for the rotation.
     """
     size = len(moment)
     moment = moment - moment.mean(0) - moment.mean(1, keepdim=True) + moment.mean()
     directions = torch.linalg.eigh(moment).eigenvectors[:, -(width - 1) :].flip(1)
     turn = torch.randn(width, width, generator=generator, dtype=moment.dtype).to(moment.device)
     turn[:, 0] = 1
-    turn = torch.linalg.qr(turn).Q[:, 1:]  # orthonormal, and each of mean 0
-    scale = (width / size) ** 0.5  # keeps the variance of a channel
+    turn = torch.linalg.qr(turn).Q[:, 1:]  # orthonormal, each column of mean 0
+    scale = (width / size) ** 0.5  # preserves the variance per channel
     down = scale * directions @ turn.T
     return Basis(down.float(), (down.T / scale**2).float())
 
 
 class Moments:
-    """Second moment of rows and their mean, summed in float64."""
+    """Second moment and mean of rows, accumulated in float64."""
 
     def __init__(self) -> None:
         self.count: float = 0
@@ -88,7 +88,7 @@ class Moments:
         self.products: Any = 0.0
 
     def add(self, x: Tensor, times: float = 1) -> None:
-        """Add rows [..., C], each counted so many times."""
+        """Add rows [..., C], each ``times`` times."""
         x = x.reshape(-1, x.shape[-1]).double()
         self.count += times * len(x)
         self.total = self.total + times * x.sum(0)
@@ -120,10 +120,10 @@ def root(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def score_factors(queries: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Maps [d, rank] of a head's queries and keys that keep the scores q·k best, in the mean over both.
+    """Maps [d, rank] of a head's queries and keys that minimise the mean squared error of the scores q·k.
 
-    With Q and K the second moments, q·k = q'ᵀ (Q^½ K^½) k' for white q' and k'; the best product of lower rank is
-    that of the largest singular values.
+    With second moments Q and K, q·k = q'ᵀ (Q^½ K^½) k' for whitened q' and k'; the best approximation of lower rank is
+    the truncated SVD.
     """
     (q_root, q_inverse), (k_root, k_inverse) = root(queries), root(keys)
     left, sizes, right = torch.linalg.svd(q_root @ k_root)
@@ -132,22 +132,22 @@ def score_factors(queries: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Ten
 
 
 def value_factors(values: Tensor, readout: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps [d, rank] and back [rank, d] of what a head gives that keep ``readout`` [C, d] of it best, and the sizes."""
+    """Maps [d, rank] and back of a head's outputs that best preserve ``readout`` [C, d], and the singular values."""
     v_root, v_inverse = root(values)
     _, sizes, right = torch.linalg.svd(readout @ v_root, full_matrices=False)
     return v_inverse @ right[:rank].T, right[:rank] @ v_root, sizes[:rank]
 
 
 def reconstructing_units(units: Tensor, outputs: Tensor, count: int) -> Tensor:
-    """Which hidden units explain the outputs best by linear regression, chosen one after the other.
+    """Select hidden units greedily that explain the outputs best by linear regression.
 
-    Orthogonal least squares (Chen, Billings & Luo, 1989): each step takes the unit that lowers the squared error most
-    given those that are there; the covariances are deflated by a Cholesky column a step.
+    Orthogonal least squares (Chen, Billings & Luo, 1989): each step selects the unit that reduces the squared error
+    most, given those selected; the covariances are deflated by one Cholesky column per step.
 
     Args:
         units: covariance of the units' activations [H, H].
         outputs: covariance of units and outputs [H, C].
-        count: how many to choose.
+        count: number of units to select.
 
     Returns:
         Indices in ascending order.
@@ -165,7 +165,7 @@ def reconstructing_units(units: Tensor, outputs: Tensor, count: int) -> Tensor:
         size = left[j].clamp_min(floor).sqrt()
         column = (units[:, j] - columns[:, :k] @ columns[j, :k]) / size
         explained = outputs[j] / size
-        # the squares of what is left of the outputs, without another walk through them
+        # update the squared residuals without recomputing them from the outputs
         shared = shared - 2 * column * (outputs @ explained) + column.square() * explained.square().sum()
         outputs.addr_(column, explained, alpha=-1)
         left = (left - column.square()).clamp_min(0)
