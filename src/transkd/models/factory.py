@@ -91,7 +91,9 @@ def create_segmenter(
     network = Segmenter(built, decoder, num_classes, mean, std, scale)
     network.name = name
     given = {"head": head, "width": width, "encoder": dict(encoder or {}), "scale": scale}
-    usual = {"head": recipe.head if name in SEGMENTERS else None, "width": None, "encoder": {}, "scale": 1.0}
+    usual: dict[str, Any] = {"head": None, "width": None, "encoder": {}, "scale": 1.0}
+    if name in SEGMENTERS:
+        usual["head"] = recipe.head
     chosen = {key: value for key, value in given.items() if value != usual[key]}
     network.recipe = {"name": name, "num_classes": num_classes, **chosen}
     network.lineage = [CODE, RANDOM]
