@@ -15,7 +15,7 @@ def read(settings, config, *overrides):
 
 
 def train(*overrides):
-    return read(TrainSettings, "train", "+experiment=demo", "run_dir=run", *overrides)
+    return read(TrainSettings, "train", "+experiment=demo", "distill=transkd_cwd", "run_dir=run", *overrides)
 
 
 def test_values_are_typed():

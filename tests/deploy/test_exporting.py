@@ -422,7 +422,7 @@ def test_hugging_face_has_no_other_networks(run, tmp_path):
     path = tmp_path / "fpn.safetensors"
     save_segmenter(create_segmenter("resnet18", CLASSES, head="fpn", width=64), path, CAMVID)
     message = run("hf", weights=path)
-    assert "format=hf is for SegFormer" in message
+    assert "format=hf is only for SegFormer" in message
     assert "onnx, torch, safetensors" in message
     assert list(tmp_path.iterdir()) == [path]
 

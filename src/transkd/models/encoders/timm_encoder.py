@@ -85,7 +85,9 @@ class _Recorder:
         """Return the patch embeddings as tokens [B, N, C] and clear the record."""
         taken = [seen for seen in self.seen if seen is not None]
         self.clear()
-        if torch.compiler.is_exporting():  # exported programs return only logits; skip the shape checks below
+        # Exported programs return only logits; skip the shape checks below. Under torch.compile older torch (2.8, 2.9)
+        # gives True for is_exporting() too.
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             return ()
         if not taken or taken[0].ndim == 3:
             return tuple(taken)
