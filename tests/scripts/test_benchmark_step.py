@@ -135,7 +135,7 @@ def test_mistakes_are_one_line():
     assert "unknown distill distill/nothing" in one_line_error(run, "--distill", "nothing")
     assert "there is no teacher" in one_line_error(run, "--distill", "none", "--against", "teacher-graph")
     assert "no SegFormer head" in one_line_error(run, "--student", "pvt_v2_b0", "--against", "unfolded")
-    assert "ours alone" in one_line_error(run, "--batches", "1", "2", "--against", "unfolded")
+    assert "measure only ours" in one_line_error(run, "--batches", "1", "2", "--against", "unfolded")
     assert "--rounds" in one_line_error(run, "--rounds", "0")
     with pytest.raises(SystemExit):
         run("--sizes", "512")

@@ -77,7 +77,7 @@ def weigh(student: Network, teacher: nn.Module | None, criterion: Criterion, dat
     modes = [part.training for part in (student, criterion)]
     with torch.no_grad(), torch.random.fork_rng():
         ours = _shown(student.eval(), batch.image)
-        theirs = teacher(batch.image) if teacher is not None and criterion.needs else None
+        theirs = teacher(batch.image, criterion.needs) if teacher is not None and criterion.needs else None
         values = criterion.eval()(ours, theirs, batch.target.long()).values
     for part, mode in zip((student, criterion), modes, strict=True):
         part.train(mode)
