@@ -36,6 +36,7 @@ def test_every_block_is_a_file():
     assert len(files_of(page)) == len(blocks(page, "python")) + len(blocks(page, "yaml")) == 12
 
 
+@pytest.mark.slow
 def test_the_recipes_pass_their_tests_and_those_that_every_term_must_pass(copy):
     own = [path for path in files_of(text("CONTRIBUTING")) if path.startswith("tests/")]
     contract = "tests/losses/test_term_contract.py"
@@ -46,6 +47,7 @@ def test_the_recipes_pass_their_tests_and_those_that_every_term_must_pass(copy):
     assert shown.count("test_term_contract.py") > 5
 
 
+@pytest.mark.slow
 def test_the_recipes_compose(copy):
     """The yaml of each is found by its name."""
     arguments = ["data=pairs", "data.root=data", "student=plain", "term=[entropy]", "distill=none"]

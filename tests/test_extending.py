@@ -82,6 +82,7 @@ def test_the_page_shows_each_kind():
     assert not (ROOT / "mine").exists()
 
 
+@pytest.mark.slow
 def test_it_trains(trained):
     results = json.loads((run_of(trained) / "results.json").read_text())
     assert results["terms"].keys() == {"task", "csf", "cosine"}
@@ -91,6 +92,7 @@ def test_it_trains(trained):
     assert {"train/cosine", "val/interior/mIoU"} <= set(columns)
 
 
+@pytest.mark.slow
 def test_it_is_scored_under_its_protocol(trained):
     shown = call(trained, STUDENT, " ".join([EVALUATE, *map(quoted, SMALL)]))
     assert "interior" in shown
