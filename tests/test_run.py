@@ -265,7 +265,7 @@ def test_every_preset_of_the_zoo_trains(base, preset):
     short = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "pictures=0", f"data.root={base / 'larger'}"]
     run(composed(base, preset, f"distill={preset}", *LARGER, *short, *NEEDED.get(preset, [])))
     found = results(base, preset)
-    assert len(found["terms"]) >= 2
+    assert len(found["terms"]) >= (1 if preset == "solve" else 2)
     assert all(tensor.isfinite().all() for tensor in student(base, preset).values())
 
 

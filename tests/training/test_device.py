@@ -170,7 +170,7 @@ def test_blocks_of_a_stage_share_their_code(eager_backend):
     theirs = FrozenTeacher(copy.deepcopy(ours))
     image, target = batch()
     counters.clear()
-    compile_in_place(ours, theirs.network)
+    compile_in_place(ours, theirs.network, whole=False)
     for _ in range(2):
         TaskCrossEntropy()(ours(image), None, target).backward()
         theirs(image, {"features"})
@@ -262,8 +262,9 @@ def test_a_machine_that_has_no_compiler(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_run_is_the_same_run(tmp_path):
-    """With generated code, and with somebody who looks at gradients twice."""
+    """With generated code, whose random numbers are others, and with gradients taken twice."""
     settings = ["distill=kd", "trainer.max_epochs=1", "gradients_every=2", *SMALL]
+    settings += ["student.network.encoder.drop_path_rate=0"]
     run(composed(tmp_path, "plain", *settings))
     run(composed(tmp_path, "compiled", *settings, "compile=true"))
     plain, compiled = student(tmp_path, "plain"), student(tmp_path, "compiled")
