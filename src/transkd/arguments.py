@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from transkd.errors import UserError
-from transkd.settings import describe_type, type_options
+from transkd.settings import describe_type, resolved, type_options
 
 __all__ = ["check_arguments"]
 
@@ -26,10 +26,7 @@ def check_arguments(cfg: DictConfig) -> None:
     Raises:
         UserError: an argument has the wrong type; names it and what is allowed.
     """
-    cfg = cfg.copy()
-    if "channels" in cfg:
-        cfg.channels = {"student": [], "teacher": []}
-    _walk("", OmegaConf.to_container(cfg, resolve=True))
+    _walk("", resolved(cfg))
 
 
 def _walk(key: str, value: Any) -> None:

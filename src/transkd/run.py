@@ -109,9 +109,8 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
         UserError: the data, a network, a term or a schedule is wrong.
     """
     data: SegmentationDataModule = instantiate(cfg.data)
-    student = build.build_student(
-        cfg, settings.student, settings.license_policy
-    )  # first, so that its random weights do not depend on the teacher
+    # the student first, so that its random weights do not depend on the teacher
+    student = build.build_student(cfg, settings.student, settings.license_policy)
     teacher = build.build_teacher(cfg)
     criterion = build.build_criterion(cfg, student.channels, teacher.channels if teacher is not None else ())
     device.lay_out(student, teacher, criterion)
@@ -121,9 +120,8 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
     data.dataset("train"), data.dataset("val")  # raises for missing or wrong data
     log_sizes(student, criterion, settings.student.lora)
     check_schedules(criterion, data, settings.trainer.max_epochs, settings.trainer.accumulate_grad_batches)
-    used = (
-        criterion.ever_needs or settings.student.from_teacher
-    )  # false if all terms that read the teacher have weight 0
+    # false if all terms that read the teacher have weight 0
+    used = criterion.ever_needs or settings.student.from_teacher
     return Parts(data, student, teacher if used else None, criterion)
 
 
@@ -146,8 +144,6 @@ def start_student(
     report = inherit(teacher, student, images, how, seed=settings.seed, progress=settings.trainer.enable_progress_bar)
     teacher.cpu()  # Lightning moves it to the device later
     log.info("student: %s", report.summary())
-    if not teaching.can_be_scored(student, data):
-        return report.as_dict()
     scores = score(student, data, settings.protocol, build.build_side_trainer(cfg), device)
     log.info("student: mIoU %.2f %% before any step (%s)", 100 * scores.miou, settings.protocol)
     return {**report.as_dict(), **describe_scores(scores, settings.protocol, data.classes.names)}

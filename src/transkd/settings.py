@@ -62,12 +62,8 @@ class Settings(BaseModel):
         Raises:
             UserError: a value has the wrong type or is out of range; names the setting and what is allowed.
         """
-        cfg = cfg.copy()
-        if "channels" in cfg:  # determined when the networks are built
-            cfg.channels = {"student": [], "teacher": []}
-        values = OmegaConf.to_container(cfg, resolve=True)
         try:
-            return cls.model_validate(_without_missing(values))
+            return cls.model_validate(_without_missing(resolved(cfg)))
         except ValidationError as error:
             raise UserError(_one_line(error, cls)) from None
 
@@ -222,6 +218,14 @@ class ExportSettings(ProcessSettings):
     fuse: bool = False
     opset: Positive = 20
     license: Text | None = None
+
+
+def resolved(cfg: DictConfig) -> Any:
+    """Plain values of a composed configuration; the networks' channels are empty until the networks are built."""
+    cfg = cfg.copy()
+    if "channels" in cfg:
+        cfg.channels = {"student": [], "teacher": []}
+    return OmegaConf.to_container(cfg, resolve=True)
 
 
 def _without_missing(value: Any) -> Any:

@@ -54,19 +54,19 @@ def write_checked(settings: ExportSettings, path: Path) -> str:
         )
     _check_packages(settings.format, form)
 
-    network, source_card = load_segmenter(str(settings.weights), settings.license)
-    check_license_policy(network.lineage, settings.license_policy, str(settings.weights))
+    network, source_card = load_segmenter(settings.weights, settings.license)
+    check_license_policy(network.lineage, settings.license_policy, settings.weights)
     network.eval()
     card = complete_card(network, source_card)
     images = _real_images(settings.images, form.minimum)
     options = {"opset": settings.opset} if settings.format == "onnx" else {}
-    with writing(Path(str(settings.output))):
+    with writing(Path(settings.output)):
         form.write(network.fuse() if settings.fuse else network, card, path, **options)
         if settings.format != "hf":  # hf describes it in preprocessor_config.json
             content = json.dumps(_preprocessing(path.name, settings.format, form, card), indent=2) + "\n"
             beside(path).write_text(content, encoding="utf-8")
     exported = form.open(path)
-    check_parity(network, exported.run, images, form.minimum, float(settings.tolerance), settings.format)
+    check_parity(network, exported.run, images, form.minimum, settings.tolerance, settings.format)
     own = sum(parameter.numel() for parameter in network.parameters())
     return (
         f"{exported.parameters:,} {form.counts}; the network has {own:,} parameters\n"
@@ -80,7 +80,7 @@ def _check_packages(name: str, form: Format) -> None:
             raise UserError(f"format={name} needs the package {package}: pip install 'transkd[export]'")
 
 
-def _preprocessing(name: str, format: str, form: "Format", card: dict[str, Any]) -> dict[str, Any]:
+def _preprocessing(name: str, format: str, form: Format, card: dict[str, Any]) -> dict[str, Any]:
     """Describe inputs, preprocessing and outputs for programs that run the network."""
     return {
         "model": name,
@@ -113,7 +113,7 @@ def _real_images(pattern: str | None, minimum: int) -> Images:
     if pattern is None:
         return [("drawn scene", draw_scene(np.random.default_rng(0), 192, 384, "rain")[0])]
     try:
-        _, paths = find_images(str(pattern))
+        _, paths = find_images(pattern)
     except UserError as error:
         raise UserError(str(error).replace("input=", "images=")) from error
     chosen = paths[:: -(-len(paths) // REAL_IMAGES)]

@@ -126,7 +126,7 @@ def channel_statistics(network: nn.Module, images: Iterable[Tensor]) -> list[tup
         network: module from an image to a SegmentationOutput, with an argument ``needs``.
         images: batches [B, 3, H, W] on the network's device.
     """
-    count, sums, squares = [0], list[Tensor](), list[Tensor]()
+    count, sums, squares = list[int](), list[Tensor](), list[Tensor]()
     for image in images:
         for i, feature in enumerate(network(image, needs={"features"}).features):
             values = feature.double().transpose(0, 1).flatten(1)

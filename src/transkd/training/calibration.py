@@ -1,7 +1,6 @@
 """Unlabelled images to solve a student from its teacher and to measure the teacher's features on."""
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from transkd.data import SegmentationDataModule
 from transkd.data.dataset import read_image
 from transkd.data.images import find_images
 from transkd.errors import UserError
+from transkd.models.inherit.checks import batched
 
 __all__ = ["CalibrationImages", "calibration_images"]
-
-BATCH = 8
 
 
 class CalibrationImages:
@@ -37,10 +35,8 @@ class CalibrationImages:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield batches on the device."""
-        for _, same in groupby(map(self._read, self.paths), key=lambda image: image.shape):
-            images = list(same)
-            for start in range(0, len(images), BATCH):
-                yield torch.stack(images[start : start + BATCH]).to(self.device)
+        for batch in batched(map(self._read, self.paths)):
+            yield batch.to(self.device)
 
     def _read(self, path: Path) -> Tensor:
         image = read_image(path)

@@ -13,9 +13,8 @@ __all__ = ["check_compiler", "compile_in_place", "keep_compiled_code", "regions"
 
 NEEDED = {"cpu": "a C++ compiler such as g++", "cuda": "triton and a C compiler such as gcc"}
 CONTAINERS = (nn.ModuleList, nn.Sequential)
-VARIANTS = (
-    64  # recompile limit: all regions share the code of nn.Module's call, so each counts as a recompilation of it
-)
+# recompile limit: all regions share the code of nn.Module's call, so each counts as a recompilation of it
+VARIANTS = 64
 
 
 def check_compiler(device: torch.device, mode: str = "default") -> None:

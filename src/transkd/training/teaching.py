@@ -15,7 +15,7 @@ from transkd.models import Network, load_weights
 from transkd.models.storage.lineage import check_license_policy
 from transkd.settings import TeacherSettings
 
-__all__ = ["check_scores", "kept_teacher", "load_teacher"]
+__all__ = ["can_be_scored", "check_scores", "kept_teacher", "load_teacher"]
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def load_teacher(network: Network, source: str | Path, license: str | None, lice
 
 
 def can_be_scored(network: Network, data: SegmentationDataModule) -> bool:
-    """Whether the network has the data's number of classes; logs it if not."""
+    """Whether the teacher has the data's number of classes; logs it if not."""
     if network.num_classes == data.num_classes:
         return True
     log.info("teacher: not evaluated, since it has %d classes and the data %d", network.num_classes, data.num_classes)

@@ -12,7 +12,7 @@ from transkd.models.inherit.families import Stage, stages_of
 from transkd.models.network import Network
 from transkd.models.segmenter import Segmenter
 
-__all__ = ["Images", "Pair", "check_finite", "check_pair", "image_batches"]
+__all__ = ["Images", "Pair", "batched", "check_finite", "check_pair", "image_batches"]
 
 Images = Tensor | Iterable[Tensor]  # of which every walk gives the same
 BATCH = 8
@@ -129,7 +129,7 @@ def image_batches(images: Images | None) -> Iterator[Tensor]:
         UserError: there are none, or they are no images, too small for the deepest stage, or hold NaN.
     """
     count = 0
-    for batch in _batches(images if images is not None else ()):
+    for batch in batched(images if images is not None else ()):
         count += len(batch)
         if batch.ndim != 4 or batch.shape[1] != 3 or min(batch.shape[-2:]) < SMALLEST:
             raise UserError(
@@ -143,7 +143,8 @@ def image_batches(images: Images | None) -> Iterator[Tensor]:
         raise UserError("inherit: expected images [N, 3, H, W], got none; a few dozen unlabelled ones do")
 
 
-def _batches(images: Images) -> Iterator[Tensor]:
+def batched(images: Images) -> Iterator[Tensor]:
+    """Batches of at most BATCH images; consecutive images of equal size share one."""
     if isinstance(images, Tensor):
         yield from torch.split(images, BATCH)
         return
