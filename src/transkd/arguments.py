@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from transkd.errors import UserError
-from transkd.settings import describe_type, resolved, type_options
+from transkd.typed import describe_type, resolved, type_options
 
 __all__ = ["check_arguments"]
 
