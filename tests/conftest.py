@@ -15,6 +15,14 @@ SPLITS = {"train": 4, "val": 3}
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def same_layers():
+    """No measurement changes the layers between tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transkd.training.process.choose_layers", lambda: None)
+        yield
+
+
 def write_pair(image, label, values, rng):
     """Write random pixels and a label in which every one of `values` occurs."""
     height, width = SIZE

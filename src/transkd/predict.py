@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 def main(cfg: "DictConfig") -> None:
     """Run the prediction; torch is imported only after the configuration has been checked."""
     from transkd.deploy.predicting import predict
+    from transkd.training.device import device_of
     from transkd.training.process import prepare_process
 
     settings = PredictSettings.read(cfg)
-    prepare_process(settings.keep_freed_memory)
+    prepare_process(settings.keep_freed_memory, device_of(settings.device))
     predict(settings)
 
 

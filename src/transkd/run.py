@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 from transkd.arguments import check_arguments
 from transkd.cli import save_resolved
 from transkd.data import SegmentationDataModule
+from transkd.losses import Criterion
 from transkd.metrics import Scores
 from transkd.models import FrozenTeacher, Network, add_lora, inherit, merge_lora, save_segmenter
 from transkd.models.inherit.copying import take_normalisation
@@ -27,7 +29,7 @@ from transkd.training.device import Device
 from transkd.training.distiller import Distiller
 from transkd.training.fitting import find_checkpoint, fit
 from transkd.training.process import prepare_process
-from transkd.training.rehearsal import check_schedules, rehearse, weigh
+from transkd.training.rehearsal import check_schedules, planned_steps, rehearse, weigh
 from transkd.training.scoring import score
 
 __all__ = ["run"]
@@ -41,17 +43,17 @@ def run(cfg: DictConfig) -> None:
     settings = TrainSettings.read(cfg)
     check_arguments(cfg)
     ckpt_path = find_checkpoint(settings.ckpt_path, settings.name)
-    prepare_process(settings.keep_freed_memory)
     device = Device.choose(
         settings.trainer.accelerator, settings.compile, settings.channels_last, settings.compile_regions
     )
-    if settings.compile:
-        keep_compiled_code(Path(settings.run_dir).parent / "compiled")
+    prepare_process(settings.keep_freed_memory, device.kind)
+    keep_compiled_code(Path(settings.run_dir).parent / "compiled")
     device.check()
     L.seed_everything(settings.seed, verbose=False)
 
     parts = build_parts(cfg, settings, device)
     data, student, teacher, criterion = parts
+    device = device.settled(planned_steps(data, settings.trainer), obstacles_to_graphs(settings, criterion))
     rehearse(student, teacher if criterion.ever_needs else None, criterion, data)
     notes: dict[str, Any] = {"experiment": settings.name, "eval_transform": serialise(data.eval_transform)}
     teacher_scores, frozen, start = None, None, None
@@ -96,6 +98,18 @@ def run(cfg: DictConfig) -> None:
         log.info("the deployable student is %s", deployed)
 
 
+def obstacles_to_graphs(settings: TrainSettings, criterion: Criterion) -> list[str]:
+    """Settings under which ``compile=auto`` does without CUDA graphs; ``compile=reduce-overhead`` insists on them."""
+    found = {
+        "gradients_every": settings.gradients_every > 0,
+        "automatic weights": bool(criterion.shares),
+        "trainer.accumulate_grad_batches": settings.trainer.accumulate_grad_batches > 1,
+        "student.checkpointing": settings.student.checkpointing,
+        "several GPUs": torch.cuda.device_count() > 1,
+    }
+    return [name for name, present in found.items() if present]
+
+
 def adapt(student: Network, lora: LoraSettings) -> None:
     """Add LoRA to the student if configured."""
     if lora.rank is not None:
@@ -119,7 +133,7 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
         data.prepare_data()
     data.dataset("train"), data.dataset("val")  # raises for missing or wrong data
     log_sizes(student, criterion, settings.student.lora)
-    check_schedules(criterion, data, settings.trainer.max_epochs, settings.trainer.accumulate_grad_batches)
+    check_schedules(criterion, data, settings.trainer)
     # false if all terms that read the teacher have weight 0
     used = criterion.ever_needs or settings.student.from_teacher
     return Parts(data, student, teacher if used else None, criterion)
@@ -203,7 +217,7 @@ def fit_teacher(
     distiller = Distiller(
         network, task, None, optimization, settings.protocol, device, gradients_every=settings.gradients_every
     )
-    trainer = build.build_side_trainer(cfg, max_epochs=epochs)
+    trainer = build.build_side_trainer(cfg, trains=True, max_epochs=epochs)
     fit(trainer, distiller, data)
     if trainer.is_global_zero:
         notes = {"experiment": f"{settings.name}, teacher", "eval_transform": serialise(data.eval_transform)}

@@ -125,10 +125,17 @@ class CriterionSettings(Settings):
     terms: Annotated[dict[str, TermSettings], AfterValidator(_has_task)]
 
 
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true", 16, 32, 64, "bf16"]
+
+
 class TrainerSettings(Settings):
     """Arguments of Lightning's Trainer in which a mistake costs hours."""
 
     max_epochs: Annotated[int, Field(ge=-1)] | None = None
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    limit_train_batches: Positive | Share | None = None
+    fast_dev_run: bool | Positive = False
+    precision: Precision = "auto"
     accumulate_grad_batches: Positive = 1
     check_val_every_n_epoch: Positive | None = 1
     gradient_clip_val: NonNegative | None = None
@@ -154,7 +161,7 @@ class TrainSettings(ProcessSettings):
     protocol: str = "full-res"
     ckpt_path: Text | None = None
     gradients_every: Count = 0
-    compile: bool | str = False
+    compile: bool | str = "auto"
     compile_regions: bool = False
     channels_last: bool | Literal["auto"] = "auto"
     pictures: Count = 4

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transkd.layers.choices import CHOICES
 from transkd.layers.token_linear import ONEDNN, convolved_row
 
-__all__ = ["attend"]
+__all__ = ["attend", "attend_by_convolutions", "attend_by_kernel"]
 
 BLOCKS = 256  # thread blocks to launch at least, about two per multiprocessor of a current GPU
 SCORES = 2**19  # scores per chunk on a CPU, to fit its cache; below that per image PyTorch's kernel is faster
@@ -16,7 +17,8 @@ def attend(query: Tensor, pair: Tensor, heads: int) -> Tensor:
     """``softmax(Q Kᵀ / √d) V`` in each head, outputs of the heads concatenated.
 
     Calls ``F.scaled_dot_product_attention``, with two exceptions in float32 (docs/performance.md): in training on a GPU
-    the queries are split into parts, and on a CPU without gradients the products are computed as 1×1 convolutions.
+    the queries are split into parts, and on a CPU without gradients the products are computed as 1×1 convolutions if
+    these are faster (``transkd.layers.choices``).
 
     Args:
         query: [B, N, C], channels of the heads concatenated.
@@ -30,8 +32,11 @@ def attend(query: Tensor, pair: Tensor, heads: int) -> Tensor:
         >>> attend(torch.zeros(1, 5, 6), torch.ones(1, 4, 12), heads=2).shape
         torch.Size([1, 5, 6])
     """
-    if convolution_pays(query, pair, heads):
-        return torch.stack([_convolved(*image, heads) for image in zip(query, pair, strict=True)])
+    return (attend_by_convolutions if convolution_pays(query, pair, heads) else attend_by_kernel)(query, pair, heads)
+
+
+def attend_by_kernel(query: Tensor, pair: Tensor, heads: int) -> Tensor:
+    """``attend`` by ``F.scaled_dot_product_attention``."""
     shape, parts = query.shape, query_parts(query, heads, pair.shape[1])
     if parts > 1:  # move the parts into the batch dimension; each attends to all keys
         query, pair = query.reshape(len(query) * parts, -1, shape[2]), pair.repeat_interleave(parts, dim=0)
@@ -55,14 +60,19 @@ def query_parts(query: Tensor, heads: int, keys: int) -> int:
 
 
 def convolution_pays(query: Tensor, pair: Tensor, heads: int) -> bool:
-    """Whether to use ``_convolved``: on a CPU without gradients, oneDNN is a third faster than PyTorch's MKL."""
+    """Whether to compute attention as convolutions: on a CPU without gradients, where that was chosen."""
     if torch.is_grad_enabled() and (query.requires_grad or pair.requires_grad):
         return False
     traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if traced or torch.compiler.is_compiling():  # a trace would unroll the loop for one size
         return False
-    usable = ONEDNN and query.device.type == "cpu" and query.dtype == torch.float32
+    usable = ONEDNN and CHOICES.attention and query.device.type == "cpu" and query.dtype == torch.float32
     return usable and heads * query.shape[1] * pair.shape[1] >= SCORES
+
+
+def attend_by_convolutions(query: Tensor, pair: Tensor, heads: int) -> Tensor:
+    """``attend`` with one 1×1 convolution of a group per head for each of the two products of an image."""
+    return torch.stack([_convolved(*image, heads) for image in zip(query, pair, strict=True)])
 
 
 def _convolved(query: Tensor, pair: Tensor, heads: int) -> Tensor:

@@ -4,16 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transkd.layers.choices import CHOICES
+
 __all__ = ["TokenLinear", "convolved_row", "token_linear"]
 
 ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``; on a CPU computed as a 1×1 convolution over an image of one row.
+    """``F.linear``; on a CPU computed as a 1×1 convolution over an image of one row where that is faster.
 
-    PyTorch's CPU convolutions use oneDNN, which fuses the bias and on processors other than Intel's is twice as fast
-    as MKL, used by ``F.linear`` (docs/performance.md).
+    PyTorch's CPU convolutions use oneDNN, which on some processors is twice as fast as MKL, used by ``F.linear``
+    (docs/performance.md); ``transkd.layers.choices`` says which one to use.
 
     Args:
         x: [..., in]; fastest if contiguous.
@@ -29,7 +31,9 @@ def token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if not ONEDNN or x.device.type != "cpu" or x.dtype == torch.float64 or x.numel() == 0:
         return F.linear(x, weight, bias)
-    return convolved_row(x, weight, bias)
+    half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    chosen = CHOICES.linear_bf16 if half else CHOICES.linear
+    return convolved_row(x, weight, bias) if chosen else F.linear(x, weight, bias)
 
 
 def convolved_row(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:

@@ -14,7 +14,9 @@ from transkd.models import Network, load_weights
 from transkd.models.storage.lineage import check_license_policy
 from transkd.settings import StudentSettings
 from transkd.training.averaging import StudentAverage
+from transkd.training.device import device_of
 from transkd.training.optimization import Optimization
+from transkd.training.precision import choose_precision
 from transkd.training.seeding import EpochSeed
 
 __all__ = [
@@ -97,13 +99,21 @@ def build_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
     if "logger" not in changes:
         changes["logger"] = [instantiate(part) for part in cfg.logger.values()]
     changes["callbacks"].append(EpochSeed(cfg.seed))
+    changes.setdefault("precision", precision(cfg))
     return instantiate(cfg.trainer, **changes)
 
 
-def build_side_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
-    """Build a Trainer that writes no files, for evaluation and for training the teacher."""
+def build_side_trainer(cfg: DictConfig, trains: bool = False, **changes: Any) -> L.Trainer:
+    """Build a Trainer that writes no files, for evaluation and (``trains``) for training the teacher."""
     progress = [instantiate(cfg.callbacks.progress)] if "progress" in cfg.callbacks else []
+    changes.setdefault("precision", precision(cfg, trains))
     return build_trainer(cfg, callbacks=progress, logger=False, enable_checkpointing=False, **changes)
+
+
+def precision(cfg: DictConfig, trains: bool = True) -> str | int:
+    """Precision of a Trainer; see ``choose_precision``."""
+    trainer = cfg.trainer
+    return choose_precision(trainer.get("precision", "32-true"), device_of(trainer.get("accelerator", "auto")), trains)
 
 
 def plain(*parts: DictConfig) -> list[Any]:

@@ -1,14 +1,27 @@
 """Device of a run, with compilation and memory format."""
 
+import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from transkd.errors import UserError
 from transkd.training.compilation import check_compiler, compile_in_place
 
-__all__ = ["Device"]
+log = logging.getLogger(__name__)
+
+EARNED = 5000  # steps: on an H100 a compiled step saves 45 ms, and compiling takes two minutes
+
+__all__ = ["Device", "device_of"]
+
+
+def device_of(accelerator: str) -> torch.device:
+    """Device type for Lightning's argument ``accelerator``: "cpu", or anything else for the available accelerator."""
+    found = None if accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -17,7 +30,7 @@ class Device:
 
     Attributes:
         kind: device type that Lightning trains on.
-        compile_mode: mode of ``torch.compile``; None runs eagerly.
+        compile_mode: mode of ``torch.compile``; None runs eagerly; "auto" has to be decided by ``settled``.
         channels_last: whether weights and images are in channels-last memory format.
         regions: whether networks are compiled in regions instead of as a whole.
     """
@@ -31,7 +44,7 @@ class Device:
     def choose(
         cls,
         accelerator: str = "auto",
-        compile: bool | str = False,
+        compile: bool | str = "auto",
         channels_last: bool | str = "auto",
         regions: bool = False,
     ) -> "Device":
@@ -39,13 +52,14 @@ class Device:
 
         Args:
             accelerator: Lightning's argument; "cpu", or anything else for the available accelerator.
-            compile: True is the mode "default" of ``torch.compile``; a string names another one.
+            compile: True is the mode "default" of ``torch.compile``; a string names another one, or is "auto".
             channels_last: "auto" is true on a CPU, where it was measured to be faster (docs/performance.md).
             regions: compile repeated blocks of a network once.
         """
-        found = None if accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True)
-        kind = found or torch.device("cpu")
+        kind = device_of(accelerator)
         mode = "default" if compile is True else compile or None
+        if mode == "auto" and kind.type != "cuda":
+            mode = None  # eager code is faster on a CPU
         return cls(kind, mode, kind.type == "cpu" if channels_last == "auto" else bool(channels_last), regions)
 
     @property
@@ -61,8 +75,30 @@ class Device:
 
     def check(self) -> None:
         """Check for a compiler if one is needed; the run itself compiles only after the teacher's training."""
-        if self.compile_mode is not None:
+        if self.compile_mode not in (None, "auto"):
             check_compiler(self.kind, self.compile_mode)
+
+    def settled(self, steps: int | None, obstacles: Sequence[str] = ()) -> "Device":
+        """Decide ``compile=auto``: a mode if the run is long enough to earn the time of compiling back, else eager.
+
+        Args:
+            steps: optimizer steps of the run; None if unknown.
+            obstacles: what in the run rules out CUDA graphs; such a run is compiled without them.
+        """
+        if self.compile_mode != "auto":
+            return self
+        if steps is not None and steps < EARNED:
+            log.info("compile=auto: eager, since %d steps are fewer than the %d that pay for compiling", steps, EARNED)
+            return replace(self, compile_mode=None)
+        mode = "default" if obstacles else "reduce-overhead"
+        try:
+            check_compiler(self.kind, mode)
+        except UserError as error:
+            log.warning("compile=auto: eager, which is slower; %s", error)
+            return replace(self, compile_mode=None)
+        graphs = f"without CUDA graphs because of {', '.join(obstacles)}" if obstacles else "with CUDA graphs"
+        log.info("compile=auto: compiled %s; the first step takes minutes, the next run finds the code again", graphs)
+        return replace(self, compile_mode=mode)
 
     def lay_out(self, *modules: nn.Module | None) -> None:
         """Convert weights to the memory format of the images."""

@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from transkd.training.cpu_choices import choose_layers
 from transkd.training.memory import keep_freed_memory
 
 __all__ = ["prepare_process"]
@@ -19,11 +20,12 @@ SILENCED = (
 )
 
 
-def prepare_process(keep_memory: bool) -> None:
-    """Silence Lightning's start-up messages, allow TensorFloat-32, and keep freed memory in the process.
+def prepare_process(keep_memory: bool, kind: torch.device) -> None:
+    """Silence Lightning's start-up messages, allow TensorFloat-32, keep freed memory, and choose layers for a CPU.
 
     Args:
         keep_memory: see ``keep_freed_memory``.
+        kind: device that the networks run on; on a CPU see ``choose_layers``.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for text in SILENCED:
@@ -31,3 +33,5 @@ def prepare_process(keep_memory: bool) -> None:
     torch.set_float32_matmul_precision("high")
     if keep_memory:
         keep_freed_memory()
+    if kind.type == "cpu":
+        choose_layers()

@@ -11,33 +11,40 @@ from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.models import Network
 from transkd.outputs import SegmentationOutput
+from transkd.settings import TrainerSettings
 
-__all__ = ["check_schedules", "rehearse", "weigh"]
+__all__ = ["check_schedules", "planned_steps", "rehearse", "weigh"]
 
 log = logging.getLogger(__name__)
 
 DOMINANT = 10.0  # ratio to the sum of all other terms from which a term is warned of
 
 
-def check_schedules(criterion: Criterion, data: SegmentationDataModule, epochs: int | None, accumulate: int) -> None:
+def planned_steps(data: SegmentationDataModule, trainer: TrainerSettings) -> int | None:
+    """Optimizer steps of a run on one device; None if ``max_epochs`` and ``max_steps`` do not limit it."""
+    if trainer.fast_dev_run:
+        return int(trainer.fast_dev_run)
+    batches = len(data.dataset("train")) // data.batch_size
+    limit = trainer.limit_train_batches
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if (trainer.max_epochs or -1) > 0:  # the remaining batches of an epoch are a step too
+        limits.append((trainer.max_epochs or 0) * -(-batches // trainer.accumulate_grad_batches))
+    return min(limits, default=None)
+
+
+def check_schedules(criterion: Criterion, data: SegmentationDataModule, trainer: TrainerSettings) -> None:
     """Check that every schedule turns on, if the length of the run is known before a trainer is built.
 
     The Distiller checks again with Lightning's number of steps.
 
-    Args:
-        criterion: holds the schedules.
-        data: determines the number of batches.
-        epochs: ``trainer.max_epochs``; with None and -1 other settings determine the length.
-        accumulate: batches per optimizer step.
-
     Raises:
         UserError: a schedule never turns on.
     """
-    epochs = epochs or 0
-    batches = len(data.dataset("train")) // data.batch_size
-    steps = epochs * -(-batches // accumulate)  # the remaining batches of an epoch are a step too
-    if steps > 0:
-        criterion.check_schedules(steps, epochs)
+    steps = planned_steps(data, trainer)
+    if steps:
+        criterion.check_schedules(steps, trainer.max_epochs or 0)
 
 
 def rehearse(student: Network, teacher: Network | None, criterion: Criterion, data: SegmentationDataModule) -> None:
