@@ -221,8 +221,7 @@ def build(batch: int, distill: str = "transkd_base") -> Any:
     from benchmarks import training
 
     args = argparse.Namespace(student="segformer_b0", teacher="segformer_b0" if TINY else "segformer_b2")
-    settings = ("data.num_classes=19", *(("+optim.optimizer.fused=true",) if CUDA else ()))
-    cfg = training.compose_config(args, distill, *settings)
+    cfg = training.compose_config(args, distill, "data.num_classes=19")
     parts = training.build_parts(cfg, DEVICE, optimizer=True)
     size = (64, 128) if TINY else (512, 1024)
     return training, parts, training.draw_batch(size, batch, 19, DEVICE)

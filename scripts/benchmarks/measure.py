@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from transkd.errors import UserError
+from transkd.training.cpu_choices import choose_layers
 from transkd.training.memory import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -358,6 +359,8 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, dict[s
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU; use --device cpu")
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    if device.type == "cpu":
+        choose_layers()  # as the commands do
     found = {"machine": describe_machine(device), "matmul_gflop_per_s": matmul_gflop_per_s(device, dtype, args.calm)}
     return device, dtype, found
 

@@ -93,7 +93,7 @@ def build_parts(cfg: DictConfig, device: torch.device, optimizer: bool = False) 
     accelerator = "cpu" if device.type == "cpu" else "auto"
     Device.choose(accelerator, channels_last=cfg.channels_last).lay_out(student, teacher, criterion)
     parts = Parts(student, teacher, criterion, None)
-    return parts._replace(optimizer=build_optimization(cfg).optimizer(parts.trained())) if optimizer else parts
+    return parts._replace(optimizer=build_optimization(cfg).build(parts.trained())) if optimizer else parts
 
 
 def leave_nothing_out(module: nn.Module) -> None:
