@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from sweep_table import one_protocol
 
 from transkd.pictures import read_metrics
 
@@ -17,12 +18,14 @@ def draw(runs: list[Path], labels: list[str], out: Path) -> None:
     """Plot mIoU [%] over the training step, a line per run, with the final scores in the legend."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
-    for run, label in zip(runs, labels, strict=True):
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-        steps, values = zip(*read_metrics(run / "metrics.csv")[f"val/{results['protocol']}/mIoU"], strict=True)
+    found = [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in runs]
+    about = [(results["protocol"], results.get("protocol_description", "")) for results in found]
+    protocol = one_protocol(dict(zip(map(str, runs), about, strict=True)))
+    for run, label, results in zip(runs, labels, found, strict=True):
+        steps, values = zip(*read_metrics(run / "metrics.csv")[f"val/{protocol}/mIoU"], strict=True)
         axis.plot(steps, [100 * value for value in values], label=f"{label}: {100 * results['mIoU']:.2f}")
     axis.set_xlabel("step")
-    axis.set_ylabel(f"validation mIoU [%], {results['protocol']}")
+    axis.set_ylabel(f"validation mIoU [%], {protocol}")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(out, dpi=120)

@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ class Job(NamedTuple):
     miou: float
     teacher_miou: float | None
     start_miou: float | None = None
+    protocol_description: str = ""
 
 
 class Row(NamedTuple):
@@ -68,7 +69,8 @@ def read_job(folder: Path) -> Job:
         results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         miou = float(results["mIoU"])
         teacher, start = ((results.get(part) or {}).get("mIoU") for part in ("teacher", "start"))
-        job = Job(folder.name, settings, results["seed"], results["protocol"], miou, teacher, start)
+        about = results.get("protocol_description", "")
+        job = Job(folder.name, settings, results["seed"], results["protocol"], miou, teacher, start, about)
     except FileNotFoundError:
         raise ValueError("no results.json: it failed or is not finished") from None
     except json.JSONDecodeError as error:
@@ -112,11 +114,23 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 def check_protocols(jobs: Sequence[Job]) -> str:
     """Return the protocol of all jobs; exit with one line if there are several."""
-    protocols = {job.protocol: job.name for job in jobs}
-    if len(protocols) > 1:
-        found = ", ".join(f"{protocol} (job {name})" for protocol, name in protocols.items())
+    return one_protocol({f"job {job.name}": (job.protocol, job.protocol_description) for job in jobs})
+
+
+def one_protocol(protocols: Mapping[str, tuple[str, str]]) -> str:
+    """Return the name of the one protocol of all runs; exit with one line if there are several.
+
+    Args:
+        protocols: name and description by run; a protocol with other settings has another description.
+    """
+    runs = {protocol: run for run, protocol in protocols.items()}
+    names = [name for name, _ in runs]
+    if len(runs) > 1:
+        found = ", ".join(
+            f"{name}{f': {about}' if names.count(name) > 1 else ''} ({run})" for (name, about), run in runs.items()
+        )
         sys.exit(f"error: scores of different protocols are not comparable: {found}")
-    return jobs[0].protocol
+    return names[0]
 
 
 def make_rows(jobs: Sequence[Job], names: Sequence[str]) -> list[Row]:

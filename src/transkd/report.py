@@ -14,6 +14,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import transkd
 from transkd.data import SegmentationDataModule
@@ -94,7 +95,7 @@ def report_run(
 
 
 def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], protocol: str) -> None:
-    """Print mIoU, pixel accuracy and IoU per class of every scored network, in percent."""
+    """Print mIoU, also of each condition, pixel accuracy and IoU per class of every scored network, in percent."""
     scored = {network: scores for network, scores in networks.items() if scores is not None}
     table = Table(title=f"validation, protocol {protocol} [%]")
     table.add_column("")
@@ -102,10 +103,17 @@ def print_scores(networks: Mapping[str, Scores | None], names: tuple[str, ...], 
         table.add_column(network, justify="right")
     table.add_row("mIoU", *[f"{100 * scores.miou:.2f}" for scores in scored.values()], style="bold")
     table.add_row("pixel accuracy", *[f"{100 * s.pixel_accuracy:.2f}" for s in scored.values()], end_section=True)
+    for condition in next(iter(scored.values())).conditions if scored else ():
+        values = [scores.conditions[condition].miou.item() for scores in scored.values()]
+        table.add_row(f"mIoU, {condition}", *map(_percent, values))
+    table.add_section()
     for i, name in enumerate(names):
-        values = [scores.iou[i].item() for scores in scored.values()]
-        table.add_row(name, *["–" if value != value else f"{100 * value:.2f}" for value in values])
+        table.add_row(name, *[_percent(scores.iou[i].item()) for scores in scored.values()])
     Console().print(table)
+
+
+def _percent(value: float) -> str:
+    return "–" if value != value else f"{100 * value:.2f}"
 
 
 def report_scores(scores: Scores, weights: str, names: tuple[str, ...], protocol: str, run_dir: str | Path) -> None:
@@ -135,10 +143,12 @@ def save_report_pictures(
         return
     rows = []
     for i in range(0, len(dataset), -(-len(dataset) // count)):
-        image, target, _ = dataset[i]
+        sample = dataset[i]
+        image, target, *_ = sample
+        place = getattr(sample, "place", None)
         row = [image.permute(1, 2, 0).numpy(), colourise(target.numpy(), data.classes.palette)]
         for network in shown.values():
-            ids = network.predict(image[None], target.shape)[0].numpy()
+            ids = network.predict(image[None], target.shape, None if place is None else place[None])[0].numpy()
             row.append(colourise(ids, data.classes.palette))
         rows.append(row)
     save_sheet(rows, ["image", "label", *shown], folder / "predictions.png")
@@ -148,16 +158,22 @@ def describe_scores(scores: Scores | None, protocol: str, names: tuple[str, ...]
     """Convert scores for JSON: fractions, None for a class that does not occur."""
     if scores is None:
         return {}
-    iou = {
-        name: None if value.isnan() else round(value.item(), 6) for name, value in zip(names, scores.iou, strict=True)
-    }
+    conditions = {name: _fractions(part, names) for name, part in scores.conditions.items()}
     return {
         "protocol": protocol,
         "protocol_description": PROTOCOLS[protocol].description,
-        "mIoU": round(scores.miou.item(), 6),
-        "pixel_accuracy": round(scores.pixel_accuracy.item(), 6),
-        "iou": iou,
+        **_fractions(scores, names),
+        "mIoU": round(scores.miou.item(), 6),  # NaN where nothing could be scored: no table takes it for a score
+        **({"conditions": conditions} if conditions else {}),
     }
+
+
+def _fractions(scores: Scores, names: tuple[str, ...]) -> dict[str, Any]:
+    def rounded(value: Tensor) -> float | None:
+        return None if value.isnan() else round(value.item(), 6)
+
+    iou = {name: rounded(value) for name, value in zip(names, scores.iou, strict=True)}
+    return {"mIoU": rounded(scores.miou), "pixel_accuracy": rounded(scores.pixel_accuracy), "iou": iou}
 
 
 def write_results(results: dict[str, Any], run_dir: Path) -> None:

@@ -24,6 +24,7 @@ from transkd.settings import LoraSettings, TrainSettings
 from transkd.training import build, teaching
 from transkd.training.build import Parts
 from transkd.training.calibration import calibration_images
+from transkd.training.class_weights import fill_class_weights
 from transkd.training.compilation import keep_compiled_code
 from transkd.training.device import Device
 from transkd.training.distiller import Distiller
@@ -42,6 +43,7 @@ def run(cfg: DictConfig) -> None:
     started = time.time()
     settings = TrainSettings.read(cfg)
     check_arguments(cfg)
+    build.enter_protocol(settings.protocol, settings.protocols)
     ckpt_path = find_checkpoint(settings.ckpt_path, settings.name)
     device = Device.choose(
         settings.trainer.accelerator, settings.compile, settings.channels_last, settings.compile_regions
@@ -123,6 +125,8 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
         UserError: the data, a network, a term or a schedule is wrong.
     """
     data: SegmentationDataModule = instantiate(cfg.data)
+    kept = Path(settings.run_dir).parent / "class_counts"
+    fill_class_weights(cfg, data, kept, settings.trainer.enable_progress_bar)
     # the student first, so that its random weights do not depend on the teacher
     student = build.build_student(cfg, settings.student, settings.license_policy)
     teacher = build.build_teacher(cfg)

@@ -159,6 +159,7 @@ class TrainSettings(ProcessSettings):
     run_dir: Text
     seed: Count = 0
     protocol: str = "full-res"
+    protocols: dict[str, dict[str, Any]] = Field(default_factory=dict)
     ckpt_path: Text | None = None
     gradients_every: Count = 0
     compile: bool | str = "auto"

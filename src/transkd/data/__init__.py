@@ -10,7 +10,7 @@ from transkd.data.camvid import find_camvid
 from transkd.data.cityscapes import find_cityscapes
 from transkd.data.classes import CAMVID, CITYSCAPES, CLASS_SETS, NYUV2, NYUV2_39, VOC, ClassSet
 from transkd.data.datamodule import SegmentationDataModule
-from transkd.data.dataset import Batch, Pair, SegmentationDataset, pair_by_name
+from transkd.data.dataset import Batch, Pair, PlacedBatch, SegmentationDataset, pair_by_name
 from transkd.data.nyuv2 import find_nyuv2, prepare_nyuv2
 from transkd.data.voc import find_voc
 
@@ -24,6 +24,7 @@ __all__ = [
     "Batch",
     "ClassSet",
     "Pair",
+    "PlacedBatch",
     "SegmentationDataModule",
     "SegmentationDataset",
     "find_acdc",

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from transkd.data.classes import CLASS_SETS, ClassSet
-from transkd.data.dataset import Batch, Pair, SegmentationDataset
+from transkd.data.dataset import Batch, Pair, PlacedBatch, SegmentationDataset
 from transkd.errors import UserError
 from transkd.metrics import PROTOCOLS
 
@@ -29,7 +29,7 @@ class SeededSampler(DistributedSampler[Any]):
             yield index, int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0])
 
 
-def collate(samples: list[Batch]) -> Batch:
+def collate(samples: Sequence[Batch | PlacedBatch]) -> Batch | PlacedBatch:
     """Collate samples to a batch.
 
     Raises:
@@ -42,8 +42,11 @@ def collate(samples: list[Batch]) -> Batch:
                 f"images and labels of a batch must have the same size, got {sizes}. Add a Resize or a crop to the "
                 "transforms, or set data.batch_size=1 (data.eval_batch_size=1 for validation)"
             )
-    batch: Batch = default_collate(samples)
-    return batch
+    batch: Batch = default_collate([Batch(*sample[:3]) for sample in samples])
+    places = [getattr(sample, "place", None) for sample in samples]
+    if all(place is None for place in places):
+        return batch
+    return PlacedBatch(*batch, torch.stack([torch.eye(2, 3) if place is None else place for place in places]))
 
 
 class SegmentationDataModule(L.LightningDataModule):
@@ -64,6 +67,7 @@ class SegmentationDataModule(L.LightningDataModule):
         seed: seed of shuffling and augmentation.
         void: label values to ignore in addition to 255.
         prepare: called as ``prepare(root=…)`` once before the data set is read; generates the demo's data.
+        conditions: names of folders in the images' paths, such as fog; scores are given for each of them too.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class SegmentationDataModule(L.LightningDataModule):
         seed: int = 0,
         void: Sequence[int] = (),
         prepare: Callable[..., Any] | None = None,
+        conditions: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if isinstance(classes, str):
@@ -95,7 +100,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.classes, self.num_classes = classes, num_classes
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.train_transform, self.eval_transform = train_transform, eval_transform
-        self.protocol, self.seed = protocol, seed
+        self.protocol, self.seed, self.conditions = protocol, seed, tuple(conditions)
         self._splits: dict[str, SegmentationDataset] = {}
         self._next_epoch = 0
 
@@ -114,10 +119,11 @@ class SegmentationDataModule(L.LightningDataModule):
                 void=self.void,
                 transform=self.train_transform if train else self.eval_transform,
                 transform_labels=train or PROTOCOLS[self.protocol].transform_labels,
+                ignore_padding=not train,
             )
         return self._splits[split]
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Batch | PlacedBatch]:
         """Return the loader of the shuffled, augmented training split; an incomplete last batch is dropped."""
         dataset = self.dataset("train")
         world_size, rank = self._world_size_and_rank()
@@ -130,7 +136,7 @@ class SegmentationDataModule(L.LightningDataModule):
         sampler.set_epoch(self._next_epoch)  # Lightning sets it too, but after workers have prefetched
         return self._loader(dataset, self.batch_size, sampler, drop_last=True)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch | PlacedBatch]:
         """Return the loader of the validation split: every image exactly once over all devices, without padding."""
         dataset = self.dataset("val")
         world_size, rank = self._world_size_and_rank()
@@ -147,14 +153,14 @@ class SegmentationDataModule(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Convert labels to int64 on the device; they are transferred as uint8."""
-        return batch._replace(target=batch.target.long()) if isinstance(batch, Batch) else batch
+        return batch._replace(target=batch.target.long()) if isinstance(batch, Batch | PlacedBatch) else batch
 
     def _world_size_and_rank(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
     def _loader(
         self, dataset: SegmentationDataset, batch_size: int, sampler: Any, drop_last: bool
-    ) -> DataLoader[Batch]:
+    ) -> DataLoader[Batch | PlacedBatch]:
         return DataLoader(
             dataset,
             batch_size=batch_size,

@@ -13,10 +13,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transkd.data.classes import ClassSet
+from transkd.data.geometry import ImageTransform, transform_both
 from transkd.errors import UserError
 from transkd.outputs import IGNORE
 
-__all__ = ["IMAGE_SUFFIXES", "Batch", "Pair", "SegmentationDataset", "is_image", "pair_by_name", "read_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Batch",
+    "Pair",
+    "PlacedBatch",
+    "SegmentationDataset",
+    "is_image",
+    "pair_by_name",
+    "read_image",
+]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Suffixes of image files, in lower case."""
@@ -43,6 +53,22 @@ class Batch(NamedTuple):
     image: Tensor
     target: Tensor
     name: Any
+
+
+class PlacedBatch(NamedTuple):
+    """A ``Batch`` whose images were padded, flipped or turned, and its labels not.
+
+    Attributes:
+        image: as in ``Batch``.
+        target: as in ``Batch``, at the labels' own size.
+        name: as in ``Batch``.
+        place: by which ``transkd.layers.restored`` brings scores to the labels, [B, 2, 3].
+    """
+
+    image: Tensor
+    target: Tensor
+    name: Any
+    place: Tensor
 
 
 def is_image(path: Path) -> bool:
@@ -84,7 +110,7 @@ def read_image(path: str | Path, mode: str | None = "RGB") -> npt.NDArray[np.uin
         raise UserError(f"cannot read the image {path}: damaged, truncated or not an image ({error})") from error
 
 
-class SegmentationDataset(Dataset[Batch]):
+class SegmentationDataset(Dataset[Batch | PlacedBatch]):
     """Images with label maps of class ids.
 
     Args:
@@ -92,7 +118,9 @@ class SegmentationDataset(Dataset[Batch]):
         classes: names and colours of the label values 0 … K-1; 255 is ignored.
         void: other label values to ignore.
         transform: Albumentations transform of image and label.
-        transform_labels: False leaves the label at its original size, for scores at full resolution.
+        transform_labels: False leaves the label at its original size, for scores at full resolution; what the transform
+            does to the image must then be possible to undo (``transkd.data.geometry``).
+        ignore_padding: whether padding has the label 255 whatever the transform fills it with; for evaluation.
 
     Keys are an index, or a pair of index and augmentation seed (``transkd.data.datamodule.SeededSampler``).
     """
@@ -104,11 +132,13 @@ class SegmentationDataset(Dataset[Batch]):
         void: Sequence[int] = (),
         transform: Any = None,
         transform_labels: bool = True,
+        ignore_padding: bool = False,
     ) -> None:
         self.pairs = list(pairs)
         self.classes = classes
         self.transform = transform
-        self.transform_labels = transform_labels
+        self.transform_labels, self.ignore_padding = transform_labels, ignore_padding
+        self._image_transform = None if transform is None or transform_labels else ImageTransform(transform)
         self._ids = np.full(256, _UNKNOWN, dtype=np.uint8)
         self._ids[: len(classes.names)] = np.arange(len(classes.names))
         self._ids[[IGNORE, *void]] = IGNORE
@@ -139,19 +169,23 @@ class SegmentationDataset(Dataset[Batch]):
             )
         return image, label
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Batch:
+    def __getitem__(self, key: int | tuple[int, int]) -> Batch | PlacedBatch:
         """Return the transformed sample as tensors."""
         index, seed = key if isinstance(key, tuple) else (key, None)
         image, label = self.read(index)
-        if self.transform is not None:
+        place = None
+        if self._image_transform is not None:
+            image, place = self._image_transform(image)
+        elif self.transform is not None:
             if seed is not None:
                 self.transform.set_random_seed(seed)
-            if self.transform_labels:
+            if self.ignore_padding:
+                image, label = transform_both(self.transform, image, label)
+            else:
                 transformed = self.transform(image=image, mask=label)
                 image, label = transformed["image"], transformed["mask"]
-            else:
-                image = self.transform(image=image)["image"]
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         with warnings.catch_warnings():  # labels may be read-only arrays; they are never written to
             warnings.simplefilter("ignore", UserWarning)
-            return Batch(pixels, torch.from_numpy(np.ascontiguousarray(label)), str(self.pairs[index].image))
+            batch = Batch(pixels, torch.from_numpy(np.ascontiguousarray(label)), str(self.pairs[index].image))
+        return batch if place is None else PlacedBatch(*batch, place)

@@ -1,13 +1,13 @@
 """Segment images with a trained network."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from albumentations import from_dict
 from rich.progress import track
 
 from transkd.data.dataset import read_image
+from transkd.data.geometry import ImageTransform
 from transkd.data.images import find_images
 from transkd.errors import UserError
 from transkd.models import Segmenter, load_segmenter
@@ -17,11 +17,12 @@ from transkd.settings import PredictSettings
 __all__ = ["predict", "segment"]
 
 
-def segment(network: Segmenter, image: Pixels, transform: Any = None) -> Pixels:
-    """Predict class ids [H, W] of an image [H, W, 3]; they have the image's size also if the transform resizes it."""
-    pixels = transform(image=image)["image"] if transform is not None else image
+def segment(network: Segmenter, image: Pixels, transform: ImageTransform | None = None) -> Pixels:
+    """Predict class ids [H, W] of an image [H, W, 3], at the image's own pixels whatever the transform does to it."""
+    pixels, place = transform(image) if transform is not None else (image, None)
     tensor = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].to(network.mean.device)
-    ids: Pixels = network.predict(tensor, image.shape[:2])[0].to(torch.uint8).cpu().numpy()
+    place = None if place is None else place[None].to(tensor.device)
+    ids: Pixels = network.predict(tensor, image.shape[:2], place)[0].to(torch.uint8).cpu().numpy()
     return ids
 
 
@@ -37,7 +38,7 @@ def predict(settings: PredictSettings) -> None:
     network.to(accelerator if settings.device == "auto" else settings.device).eval()
     palette, transform = palette_of(card), None
     if settings.resize and card.get("eval_transform"):
-        transform = from_dict(card["eval_transform"])
+        transform = ImageTransform(from_dict(card["eval_transform"]))
     output, failed = Path(settings.output), []
     for path in track(images, description="predicting"):
         try:

@@ -12,10 +12,12 @@ from transkd.losses.criterion import Criterion, CriterionOutput
 from transkd.losses.cross_entropy import TaskCrossEntropy
 from transkd.losses.csf import CSFLoss
 from transkd.losses.cwd import CWDFeatureLoss, CWDLoss
+from transkd.losses.dice import TaskDice
 from transkd.losses.dist import DISTLoss
 from transkd.losses.dkd import DKDLoss
 from transkd.losses.ea import EALoss
 from transkd.losses.fitnet import FitNetLoss
+from transkd.losses.focal import TaskFocal
 from transkd.losses.gl_mixer import GLMixerLoss
 from transkd.losses.gradients import gradient_norm, gradient_statistics
 from transkd.losses.ifvd import IFVDLoss
@@ -23,6 +25,7 @@ from transkd.losses.isrd import ISRDLoss
 from transkd.losses.kd import KDLoss
 from transkd.losses.manifold import ManifoldLoss
 from transkd.losses.mgd import MGDLoss
+from transkd.losses.ohem import TaskOHEM
 from transkd.losses.pdd import PDDLoss
 from transkd.losses.pea import PEALoss
 from transkd.losses.reviewkd import ReviewKDLoss
@@ -60,6 +63,9 @@ __all__ = [
     "SKDPairwiseLoss",
     "Schedule",
     "TaskCrossEntropy",
+    "TaskDice",
+    "TaskFocal",
+    "TaskOHEM",
     "VLFDLoss",
     "WeCoLoRALoss",
     "channel_kl",

@@ -1,20 +1,17 @@
 """Cross-entropy with the labels, the loss of the task itself, as a term."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transkd.errors import UserError
 from transkd.layers.upsampled_cross_entropy import upsampled_cross_entropy
-from transkd.losses.shared.distances import widen
-from transkd.losses.shared.grids import nearest
+from transkd.losses.shared.labelled import checked_weights, labelled_logits
 from transkd.outputs import SegmentationOutput
 
 __all__ = ["TaskCrossEntropy"]
-
-RESOLUTIONS = ("labels", "logits")
 
 
 class TaskCrossEntropy(nn.Module):
@@ -27,7 +24,8 @@ class TaskCrossEntropy(nn.Module):
     are never stored at the labels' size. The value can therefore be differentiated only once.
 
     Args:
-        class_weights: w, one per class; None means equal weights.
+        class_weights: w, one per class; None means equal weights. "auto", "median" and "sqrt" are counted by a training
+            run, which gives the numbers (``transkd.data.class_weights``).
         resolution: where to compare: "labels" upsamples the logits bilinearly to the labels' size, "logits"
             resizes the labels to the logits by nearest neighbour.
         ignore_index: label that is ignored; negative labels are ignored too.
@@ -50,16 +48,13 @@ class TaskCrossEntropy(nn.Module):
 
     def __init__(
         self,
-        class_weights: Sequence[float] | None = None,
+        class_weights: Sequence[float] | Literal["auto", "median", "sqrt"] | None = None,
         resolution: str = "labels",
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
-        if resolution not in RESOLUTIONS:
-            raise UserError(f"TaskCrossEntropy: resolution must be one of {RESOLUTIONS}; got {resolution!r}.")
         self.resolution, self.ignore_index = resolution, ignore_index
-        weights = None if class_weights is None else torch.tensor([float(weight) for weight in class_weights])
-        self.register_buffer("class_weights", weights, persistent=False)
+        self.register_buffer("class_weights", checked_weights(self, class_weights, resolution), persistent=False)
 
     def forward(
         self,
@@ -68,26 +63,7 @@ class TaskCrossEntropy(nn.Module):
         target: Tensor | None = None,
     ) -> Tensor:
         """Compare the student's logits with the labels."""
-        if student.logits is None:
-            raise UserError(
-                "TaskCrossEntropy reads the student's logits, but the student returned none: request its logits."
-            )
-        if target is None:
-            raise UserError("TaskCrossEntropy reads labels, but there are none: call it with target=labels.")
-        logits = widen(student.logits)
-        if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
-            raise UserError(
-                f"TaskCrossEntropy has {len(self.class_weights)} class weights, the student "
-                f"{logits.shape[1]} classes: set class_weights to one weight per class, or to null."
-            )
-        if target.ndim != 3 or len(target) != len(logits):
-            raise UserError(
-                f"TaskCrossEntropy compares logits of {len(logits)} images with labels [B, H, W] of as many; "
-                f"got labels of shape {list(target.shape)}."
-            )
-        if self.resolution == "logits":
-            target = nearest(target, logits.shape[-2:])
-        weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights.to(logits)
+        logits, target, weights = labelled_logits(self, student, target, self.class_weights, self.resolution)
         if logits.shape[-2:] == target.shape[-2:]:
             return _mean_cross_entropy(logits, target, weights, self.ignore_index)
         return upsampled_cross_entropy(logits, target, weights, self.ignore_index)

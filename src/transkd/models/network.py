@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
+from transkd.layers.placement import restored
 from transkd.layers.upsampling import upsampled_argmax
 from transkd.models.storage.lineage import Lineage
 from transkd.outputs import EVERYTHING, SegmentationOutput
@@ -90,9 +91,16 @@ class Network(nn.Module):
         )
 
     @torch.no_grad()
-    def predict(self, image: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Predict class ids [B, H, W] of images [B, 3, h, w]; ``size`` (H, W) defaults to the images' size."""
+    def predict(self, image: Tensor, size: Sequence[int] | None = None, place: Tensor | None = None) -> Tensor:
+        """Predict class ids [B, H, W] of images [B, 3, h, w].
+
+        Args:
+            image: RGB, uint8 or float in [0, 1].
+            size: (H, W), by default the images' size.
+            place: what undoes their transform, if it padded, flipped or turned them (``transkd.layers.restored``).
+        """
         logits = self(image, needs={"logits"}).logits
         if logits is None:
             raise UserError(f"{self.name} has no logits, so it cannot predict classes")
-        return upsampled_argmax(logits, size or image.shape[-2:])
+        size = size or image.shape[-2:]
+        return upsampled_argmax(logits if place is None else restored(logits, place, size), size)

@@ -1,6 +1,6 @@
 """Build the parts of a run from its configuration: networks, criterion, optimization, trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from transkd.data import SegmentationDataModule
 from transkd.errors import UserError
 from transkd.losses import Criterion
+from transkd.metrics import PROTOCOLS, Protocol
 from transkd.models import Network, load_weights
 from transkd.models.storage.lineage import check_license_policy
 from transkd.settings import StudentSettings
@@ -28,6 +29,7 @@ __all__ = [
     "build_task",
     "build_teacher",
     "build_trainer",
+    "enter_protocol",
 ]
 
 
@@ -38,6 +40,22 @@ class Parts(NamedTuple):
     student: Network
     teacher: Network | None
     criterion: Criterion
+
+
+def enter_protocol(name: str, protocols: Mapping[str, Any]) -> None:
+    """Enter the chosen protocol in ``PROTOCOLS``, if the configuration's ``protocols`` describe it.
+
+    Raises:
+        UserError: what is built from the description is no ``transkd.metrics.Protocol``.
+    """
+    if name in protocols:
+        built = instantiate(protocols[name], _convert_="all")
+        if not isinstance(built, Protocol):
+            raise UserError(
+                f"protocols.{name}: expected a _target_ that gives a transkd.metrics.Protocol, got "
+                f"{type(built).__name__}"
+            )
+        PROTOCOLS[name] = built
 
 
 def build_student(cfg: DictConfig, settings: StudentSettings, license_policy: str = "any") -> Network:

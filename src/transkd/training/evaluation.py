@@ -9,7 +9,7 @@ from transkd.models import load_segmenter, load_weights
 from transkd.models.storage.sources import read_weights
 from transkd.report import report_scores
 from transkd.settings import EvaluateSettings
-from transkd.training.build import build_side_trainer
+from transkd.training.build import build_side_trainer, enter_protocol
 from transkd.training.device import device_of
 from transkd.training.process import prepare_process
 from transkd.training.scoring import score
@@ -21,6 +21,7 @@ def evaluate(cfg: DictConfig) -> None:
     """Evaluate a file of weights on the validation split; print a table and write ``results.json``."""
     settings = EvaluateSettings.read(cfg)
     check_arguments(cfg)
+    enter_protocol(settings.protocol, settings.protocols)
     prepare_process(settings.keep_freed_memory, device_of(settings.trainer.accelerator))
     data = instantiate(cfg.data)
     weights = read_weights(settings.weights)

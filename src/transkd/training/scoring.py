@@ -1,12 +1,16 @@
 """Evaluation of a network on the validation split."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import PurePath
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from transkd.data import SegmentationDataModule
+from transkd.layers.placement import restored
 from transkd.metrics import Scores, SegmentationScore
 from transkd.models import Network
 from transkd.training.device import Device
@@ -19,28 +23,46 @@ class Scorer(L.LightningModule):
 
     Args:
         student: the network to evaluate.
-        protocol: resolution at which predictions are compared with labels (``transkd.metrics.PROTOCOLS``).
+        protocol: how predictions are made and compared with labels (``transkd.metrics.PROTOCOLS``).
         device: memory format of images, and whether the network is compiled; validation runs it eagerly anyway.
+        conditions: folders in the images' paths by which scores are given too.
 
     Attributes:
         scores: scores of the last validation; None before the first.
     """
 
-    def __init__(self, student: Network, protocol: str = "full-res", device: Device | None = None) -> None:
+    def __init__(
+        self,
+        student: Network,
+        protocol: str = "full-res",
+        device: Device | None = None,
+        conditions: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.student = student
         self.memory_format = torch.preserve_format if device is None else device.memory_format
         self.compiled = device is not None and device.compile_mode is not None
-        self.score = SegmentationScore(student.num_classes, protocol)
+        self.score = SegmentationScore(student.num_classes, protocol, conditions)
         self.scores: Scores | None = None
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add one batch to the confusion matrix."""
-        image, target, *_ = batch
+        image, target, *names = batch
         # eager: validation images differ in size from training crops, and each size would be compiled
         with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
-            logits = self.student(image.to(memory_format=self.memory_format)).logits
-        self.score.update(logits, target)
+            scores = self.score.rule.infer(self._logits, image)
+        if (place := getattr(batch, "place", None)) is not None:
+            scores = restored(scores, place, target.shape[-2:])
+        self.score.update(scores, target, self._conditions(names[0]) if self.score.conditions else ())
+
+    def _logits(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.student(image.to(memory_format=self.memory_format)).logits
+        return logits
+
+    def _conditions(self, names: Sequence[str]) -> list[str | None]:
+        """The condition of each image: the innermost folder of its path that is one."""
+        known = self.score.conditions
+        return [next((part for part in reversed(PurePath(name).parts) if part in known), None) for name in names]
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the split with the protocol in their name."""
@@ -55,7 +77,7 @@ def score(
     network: Network, data: SegmentationDataModule, protocol: str, trainer: L.Trainer, device: Device | None = None
 ) -> Scores:
     """Evaluate a network on the validation split; restores its training mode."""
-    scorer = Scorer(network, protocol, device)
+    scorer = Scorer(network, protocol, device, getattr(data, "conditions", ()))
     was_training = network.training
     trainer.validate(scorer, datamodule=data, verbose=False)
     network.train(was_training)

@@ -1,0 +1,69 @@
+"""Focal loss with the labels, as a term."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from transkd.losses.shared.checks import check_share
+from transkd.losses.shared.labelled import checked_weights, label_log_probabilities, logits_at_labels
+from transkd.outputs import SegmentationOutput
+
+__all__ = ["TaskFocal"]
+
+
+class TaskFocal(nn.Module):
+    """Focal loss between the student's logits and the labels; the teacher is not used.
+
+    ``Σ_x w[y_x] · (1 − p_x)^γ · −log p_x / Σ_x w[y_x]``, p_x the softmax probability of the label at the valid pixel x;
+    0 if there are none. With γ = 0 it is the cross-entropy (`TaskCrossEntropy`). Logits are stored at the labels' size.
+
+    Source: Lin et al., arXiv 1708.02002, section 3, for several classes by the softmax.
+
+    Args:
+        gamma: γ ≥ 0, how much less a pixel counts that is right already.
+        class_weights: w, one per class; None means equal weights.
+        resolution: where to compare: "labels" upsamples the logits bilinearly to the labels' size, "logits"
+            resizes the labels to the logits by nearest neighbour.
+
+    Shapes:
+        Logits [B, K, h, w], floating, and target [B, H, W], int64, to a scalar, float32 or float64.
+
+    Raises:
+        UserError: a setting is wrong, or logits or labels are missing or do not fit.
+
+    Example:
+        >>> student = SegmentationOutput(torch.zeros(1, 2, 2, 2), (), (), torch.rand(1, 3, 8, 8))
+        >>> TaskFocal(gamma=2.0)(student, None, torch.zeros(1, 8, 8, dtype=torch.int64))  # ¼ · log 2
+        tensor(0.1733)
+    """
+
+    needs: frozenset[str] = frozenset()
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        gamma: float = 2.0,
+        class_weights: Sequence[float] | Literal["auto", "median", "sqrt"] | None = None,
+        resolution: str = "labels",
+    ) -> None:
+        super().__init__()
+        check_share(self, "gamma", gamma)
+        self.gamma, self.resolution = float(gamma), resolution
+        self.register_buffer("class_weights", checked_weights(self, class_weights, resolution), persistent=False)
+
+    def forward(
+        self,
+        student: SegmentationOutput,
+        teacher: SegmentationOutput | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """Compare the student's logits with the labels."""
+        logits, labels, valid, weights = logits_at_labels(self, student, target, self.class_weights, self.resolution)
+        log_p = label_log_probabilities(logits, labels).masked_fill(~valid, 0)
+        tiny = torch.finfo(log_p.dtype).tiny
+        shares = weights[labels] * valid
+        # clamp: 0^γ has no gradient for γ < 1
+        losses = -log_p * (-torch.expm1(log_p)).clamp_min(tiny) ** self.gamma
+        return (shares * losses).sum() / shares.sum().clamp_min(tiny)

@@ -1,0 +1,90 @@
+"""What terms between the student's logits and the labels share: checks, class weights, a common size."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transkd.errors import UserError
+from transkd.layers.upsampling import upsampled
+from transkd.losses.shared.checks import check_choice, name_of
+from transkd.losses.shared.distances import widen
+from transkd.losses.shared.grids import labels_on_grid, nearest
+from transkd.outputs import SegmentationOutput
+
+__all__ = ["RESOLUTIONS", "checked_weights", "label_log_probabilities", "labelled_logits", "logits_at_labels"]
+
+RESOLUTIONS = ("labels", "logits")
+
+
+def checked_weights(term: object, class_weights: Sequence[float] | str | None, resolution: str) -> Tensor | None:
+    """Check the settings of a term between logits and labels, and return the class weights [K].
+
+    Raises:
+        UserError: the weights are a rule and no numbers, or the resolution is unknown.
+    """
+    check_choice(term, "resolution", resolution, RESOLUTIONS)
+    if isinstance(class_weights, str):
+        raise UserError(
+            f"{name_of(term)}: class_weights={class_weights} is counted on the training labels by transkd.train; "
+            "elsewhere give one number per class, see transkd.data.class_weights"
+        )
+    return None if class_weights is None else torch.tensor([float(weight) for weight in class_weights])
+
+
+def labelled_logits(
+    term: Any, student: SegmentationOutput, target: Tensor | None, class_weights: Tensor | None, resolution: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits [B, K, h, w] in float32 at least, labels and class weights.
+
+    Args:
+        term: the calling term; its class name appears in error messages.
+        student: provides the logits.
+        target: labels [B, H, W].
+        class_weights: [K], or None for equal weights.
+        resolution: "logits" resizes the labels to the logits by nearest neighbour.
+
+    Raises:
+        UserError: logits or labels are missing, the labels have another shape or batch size, or the number of class
+            weights is not K.
+    """
+    name = name_of(term)
+    if student.logits is None:
+        raise UserError(f"{name} reads the student's logits, but the student returned none: request its logits.")
+    if target is None:
+        raise UserError(f"{name} reads labels, but there are none: call it with target=labels.")
+    logits = widen(student.logits)
+    if class_weights is not None and len(class_weights) != logits.shape[1]:
+        raise UserError(
+            f"{name} has {len(class_weights)} class weights, the student {logits.shape[1]} classes: set class_weights "
+            "to one weight per class, or to null."
+        )
+    if target.ndim != 3 or len(target) != len(logits):
+        raise UserError(
+            f"{name} compares logits of {len(logits)} images with labels [B, H, W] of as many; "
+            f"got labels of shape {list(target.shape)}."
+        )
+    if resolution == "logits":
+        target = nearest(target, logits.shape[-2:])
+    weights = logits.new_ones(logits.shape[1]) if class_weights is None else class_weights.to(logits)
+    return logits, target, weights
+
+
+def logits_at_labels(
+    term: Any, student: SegmentationOutput, target: Tensor | None, class_weights: Tensor | None, resolution: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``labelled_logits`` with the logits at the labels' size, and a mask of valid labels.
+
+    Returns:
+        logits [B, K, H, W]; labels [B, H, W], 0 where they are ignored; valid, bool [B, H, W]; class weights [K].
+    """
+    logits, target, weights = labelled_logits(term, student, target, class_weights, resolution)
+    if logits.shape[-2:] != target.shape[-2:]:
+        logits = upsampled(logits, target.shape[-2:])
+    return logits, *labels_on_grid(target, target.shape[-2:]), weights
+
+
+def label_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log probability of each pixel's label, [B, H, W], from logits [B, K, H, W] and labels [B, H, W]."""
+    return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
