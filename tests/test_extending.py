@@ -101,6 +101,12 @@ def test_it_is_scored_under_its_protocol(trained):
     assert scored["protocol"] == "interior"
     assert "within 2 of another class" in scored["protocol_description"]
     assert scored["mIoU"] == results["mIoU"]
+    small = [*SMALL, "protocols.frame.width=4"]
+    framed = EVALUATE.replace("+experiment=photos", "+experiment=framed")
+    assert "frame" in call(trained, STUDENT, " ".join([framed, *map(quoted, small)]))
+    scored = [json.loads(file.read_text()) for file in (trained / "outputs" / "photos").glob("evaluate_*/results.json")]
+    described = {results["protocol"]: results["protocol_description"] for results in scored}
+    assert described["frame"] == "full-res, without 4 pixels at the edge"
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def scored(batches, protocol):
     return score
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", [name for name in PROTOCOLS if name != "boundary"])
 def test_against_counting_pixels(batches, protocol):
     miou, iou, accuracy = by_pixel(batches, protocol)
     scores = scored(batches, protocol).compute()

@@ -11,13 +11,14 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "scripts" / "sweep_table.py"
 
 
-def add_job(root, number, overrides, miou=None, teacher=None, protocol="full-res"):
+def add_job(root, number, overrides, miou=None, teacher=None, protocol="full-res", about=None):
     folder = root / str(number)
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {line}\n" for line in overrides))
     if miou is not None:
         seed = next((int(line.removeprefix("seed=")) for line in overrides if line.startswith("seed=")), 0)
         scores = {"mIoU": miou, "protocol": protocol}
+        scores |= {} if about is None else {"protocol_description": about}
         results = {**scores, "seed": seed, "teacher": {} if teacher is None else {"mIoU": teacher}}
         (folder / "results.json").write_text(json.dumps(results))
 
@@ -133,6 +134,12 @@ def test_a_job_without_usable_results_is_named(sweep, content, said):
 def test_mixed_protocols_are_an_error(sweep):
     add_job(sweep, 5, ["distill=transkd_base", "seed=2"], 0.6, protocol="transkd-paper")
     assert_one_line_error(table(sweep), "full-res (job 4), transkd-paper (job 5)")
+
+
+def test_one_protocol_with_mixed_settings_is_an_error(tmp_path):
+    for number, window in enumerate((512, 768)):
+        add_job(tmp_path, number, [f"seed={number}"], 0.6, protocol="slide", about=f"windows of {window}")
+    assert_one_line_error(table(tmp_path), "slide: windows of 512 (job 0), slide: windows of 768 (job 1)")
 
 
 def test_no_jobs_no_folder_no_results_unknown_setting(tmp_path, sweep):

@@ -1,0 +1,190 @@
+"""Focal, Dice and OHEM: against other libraries, by hand, and against the cross-entropy that they reduce to."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from drawn import CLASSES, make_pair
+from segmentation_models_pytorch.losses import DiceLoss
+from torchvision.ops import sigmoid_focal_loss
+
+from transkd.errors import UserError
+from transkd.losses import TaskCrossEntropy, TaskDice, TaskFocal, TaskOHEM
+from transkd.outputs import SegmentationOutput
+
+WEIGHTS = (1.0, 2.0, 0.5, 4.0, 0.0)
+TERMS = (TaskFocal, TaskDice, TaskOHEM)
+IGNORED = (255, -1)
+
+
+@pytest.fixture
+def pair():
+    """Labels of 24×32 for logits of 6×8, some of them not to be learnt, and class 3 in none."""
+    student, _, target = make_pair(size=(24, 32), student=(8,), teacher=(8,))
+    target[target == 3] = 2
+    target[0, :8] = 255
+    target[1, :, 5] = -1
+    return student, target
+
+
+def at_labels(student):
+    return F.interpolate(student.logits, (24, 32), mode="bilinear", align_corners=False)
+
+
+def output(logits):
+    """Logits of one pixel a column, [K, n]."""
+    return SegmentationOutput(logits[None, :, None, :], (), (), torch.rand(1, 3, 1, logits.shape[1]))
+
+
+# Focal
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_of_two_classes_is_torchvisions(gamma):
+    score = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
+    label = (torch.arange(200) % 3 == 0).long()
+    expected = sigmoid_focal_loss(score, label.double(), alpha=-1, gamma=gamma, reduction="mean")
+    value = TaskFocal(gamma)(output(torch.stack([torch.zeros_like(score), score])), None, label[None, None])
+    torch.testing.assert_close(value, expected)
+
+
+def test_focal_by_hand():
+    # p of the labels: 1/4 and 3/4; weights 1 and 3
+    logits = torch.tensor([[0.0, 0.0], [math.log(3), math.log(3)]])
+    value = TaskFocal(2.0, [1.0, 3.0])(output(logits), None, torch.tensor([[[0, 1]]]))
+    expected = ((3 / 4) ** 2 * math.log(4) + 3 * (1 / 4) ** 2 * math.log(4 / 3)) / 4
+    assert value.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize("resolution", ["labels", "logits"])
+@pytest.mark.parametrize("make", [lambda *a: TaskFocal(0.0, *a), lambda *a: TaskOHEM(0.7, 1.0, *a)])
+def test_cross_entropy_as_a_special_case(pair, make, weights, resolution):
+    student, target = pair
+    expected = TaskCrossEntropy(weights, resolution)(student, None, target)
+    (expected_gradient,) = torch.autograd.grad(expected, student.logits)
+    value = make(weights, resolution)(student, None, target)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, student.logits)[0], expected_gradient)
+
+
+@pytest.mark.parametrize("gamma", [0.3, 1.0, 2.0])
+def test_a_pixel_that_is_surely_right_has_a_gradient_of_0(gamma):
+    logits = torch.tensor([[200.0], [0.0]]).requires_grad_()
+    TaskFocal(gamma)(output(logits), None, torch.zeros(1, 1, 1, dtype=torch.int64)).backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad.abs().max() < 1e-6
+
+
+# Dice
+
+
+@pytest.mark.parametrize("smooth", [0.0, 1.0])
+def test_dice_is_that_of_segmentation_models(pair, smooth):
+    """Theirs divides by all classes, ours by those that occur."""
+    student, target = pair
+    theirs = DiceLoss("multiclass", smooth=smooth, ignore_index=255)
+    expected = theirs(at_labels(student), target.masked_fill(target < 0, 255))
+    value = TaskDice(smooth)(student, None, target)
+    torch.testing.assert_close(value, expected * CLASSES / (CLASSES - 1))
+
+
+def test_dice_by_hand():
+    # p of class 0 is 3/4 and 1/4; labels 0 and 1: Dice is 2 · 3/4 / (1 + 1) of both classes
+    logits = torch.tensor([[math.log(3), 0.0], [0.0, math.log(3)]])
+    assert TaskDice()(output(logits), None, torch.tensor([[[0, 1]]])).item() == pytest.approx(1 / 4)
+    # labels 0 and 0: 2 · 1 / (1 + 2) of class 0 alone
+    assert TaskDice()(output(logits), None, torch.tensor([[[0, 0]]])).item() == pytest.approx(1 / 3)
+
+
+def test_dice_weighs_classes():
+    logits = torch.tensor([[math.log(3), 0.0, 0.0], [0.0, math.log(3), math.log(3)]])
+    # class 0: p = 3/4, 1/4, 1/4 with label 1, 0, 0: 2 · 3/4 / (5/4 + 1) = 2/3; class 1: 2 · 3/2 / (7/4 + 2) = 4/5
+    value = TaskDice(0.0, [3.0, 1.0])(output(logits), None, torch.tensor([[[0, 1, 1]]]))
+    assert value.item() == pytest.approx((3 * (1 - 2 / 3) + (1 - 4 / 5)) / 4)
+
+
+# OHEM
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize(("threshold", "min_share"), [(0.7, 0.0625), (0.05, 0.2), (0.02, 0.01)])
+def test_ohem_pixel_by_pixel(pair, threshold, min_share, weights):
+    student, target = pair
+    log_p = at_labels(student).detach().double().log_softmax(1).permute(0, 2, 3, 1).reshape(-1, CLASSES).numpy()
+    labels = target.flatten().numpy()
+    valid = ~np.isin(labels, IGNORED)
+    losses, labels = -log_p[valid, labels[valid]], labels[valid]
+    order = np.argsort(-losses)
+    count = max((losses >= -math.log(threshold)).sum(), math.ceil(min_share * valid.sum()))
+    chosen = order[:count]
+    share = np.array(weights or [1.0] * CLASSES)[labels[chosen]]
+    value = TaskOHEM(threshold, min_share, weights)(student, None, target)
+    assert value.item() == pytest.approx((share * losses[chosen]).sum() / share.sum(), rel=1e-5)
+
+
+def test_easy_pixels_get_no_gradient():
+    logits = torch.tensor([[3.0, 0.1], [0.0, 0.0]]).requires_grad_()
+    TaskOHEM()(output(logits), None, torch.zeros(1, 1, 2, dtype=torch.int64)).backward()
+    assert logits.grad[:, 0].tolist() == [0, 0]
+    assert logits.grad[:, 1].abs().min() > 0.1
+
+
+# All
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("label", IGNORED)
+@pytest.mark.parametrize("resolution", ["labels", "logits"])
+def test_nothing_to_learn_from_is_a_differentiable_0(pair, term, label, resolution):
+    student, target = pair
+    value = term(class_weights=WEIGHTS, resolution=resolution)(student, None, torch.full_like(target, label))
+    value.backward()
+    assert value.item() == 0
+    assert not student.logits.grad.any()
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_classes_without_weight_are_nothing_to_learn_from(pair, term):
+    student, target = pair
+    value = term(class_weights=WEIGHTS)(student, None, torch.full_like(target, 4))
+    value.backward()
+    assert value.item() == 0
+    assert student.logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_the_right_answer_has_a_value_of_0(term):
+    target = torch.randint(0, CLASSES, (1, 1, 50))
+    sure = 100 * F.one_hot(target[0, 0], CLASSES).T.float()
+    assert term()(output(sure), None, target).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TaskFocal(-1.0), r"TaskFocal: gamma must be a number of at least 0; got -1"),
+        (lambda: TaskDice(math.inf), r"TaskDice: smooth must be a number of at least 0; got inf"),
+        (lambda: TaskOHEM(1.0), r"TaskOHEM: threshold must be a probability between 0 and 1; got 1"),
+        (lambda: TaskOHEM(min_share=0.0), r"TaskOHEM: min_share must be above 0 and at most 1; got 0"),
+        (lambda: TaskDice(resolution="teacher"), r"TaskDice: resolution must be one of 'labels', 'logits'"),
+        (lambda: TaskFocal(class_weights="auto"), r"TaskFocal: class_weights=auto is counted .* by transkd\.train"),
+    ],
+)
+def test_wrong_settings(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_what_does_not_fit(pair, term):
+    student, target = pair
+    name = term.__name__
+    with pytest.raises(UserError, match=rf"{name} has 3 class weights, the student 5 classes"):
+        term(class_weights=[1.0] * 3)(student, None, target)
+    with pytest.raises(UserError, match=rf"{name} reads labels"):
+        term()(student)
+    with pytest.raises(UserError, match=rf"{name} .*2 images.*\[1, 24, 32\]"):
+        term()(student, None, target[:1])
