@@ -159,8 +159,9 @@ def test_boundary_iou_by_hand():
     measured = SegmentationScore(2, "boundary")
     measured.update(logits, target)
     scores = measured.compute()
-    # class 0: the frames of 10×5 and 10×6 are 26 and 28 pixels. They share the left column, 10, the ends of columns 1 to
-    # 3, 6, and the ends of column 4, 2. Class 1: those of 10×5 and 10×4, 26 and 24, share a column and the ends of three
+    # class 0: the frames of 10×5 and 10×6 are 26 and 28 pixels. They share the left column, 10, the ends of columns 1
+    # to 3, 6, and the ends of column 4, 2. Class 1: those of 10×5 and 10×4 are 26 and 24, and share a column and the
+    # ends of three.
     assert scores.iou.tolist() == pytest.approx([18 / (26 + 28 - 18), 16 / (26 + 24 - 16)])
 
 

@@ -142,6 +142,16 @@ def test_one_protocol_with_mixed_settings_is_an_error(tmp_path):
     assert_one_line_error(table(tmp_path), "slide: windows of 512 (job 0), slide: windows of 768 (job 1)")
 
 
+def test_curves_of_mixed_protocols_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import compare_curves
+
+    for number, protocol in enumerate(("full-res", "slide")):
+        add_job(tmp_path, number, [], 0.6, protocol=protocol)
+    with pytest.raises(SystemExit, match=r"not comparable: full-res \(.*/0\), slide \(.*/1\)"):
+        compare_curves.draw([tmp_path / "0", tmp_path / "1"], ["a", "b"], tmp_path / "curves.png")
+
+
 def test_no_jobs_no_folder_no_results_unknown_setting(tmp_path, sweep):
     (tmp_path / "empty").mkdir()
     assert_one_line_error(table(tmp_path / "empty"), "no jobs in")
