@@ -148,9 +148,9 @@ Written by `python scripts/loss_table.py` from `conf/term/` and the classes' doc
 A term compares the outputs of a student and a teacher (`SegmentationOutput`: logits, features F1-F4, patch embeddings
 E1-E4, the normalised image) and returns an unweighted scalar. Choose terms with `'term=[kd,csf]'`, or a
 [preset](#presets) that weighs them as its paper does with `distill=`. Every run also has `task`, the cross-entropy of
-the student's logits with the labels (`TaskCrossEntropy`). `dice`, `focal` and `ohem` compare the student with the labels
-too and need no teacher; `criterion.terms.task.term._target_=transkd.losses.TaskFocal` puts one in the place of the
-cross-entropy. Parameters of a term are not part of the deployed student.
+the student's logits with the labels (`TaskCrossEntropy`). `dice`, `focal` and `ohem` compare the student with the
+labels too and need no teacher; `criterion.terms.task.term._target_=transkd.losses.TaskFocal` puts one in the place of
+the cross-entropy. Parameters of a term are not part of the deployed student.
 
 Common to all terms: the teacher's outputs are detached; maps of another size are resized to a common grid, by default
 the teacher's (bilinear, align_corners=False); labels are resized by nearest neighbour, 255 is ignored; values are
