@@ -60,6 +60,7 @@ def rehearse(student: Network, teacher: Network | None, criterion: Criterion, da
             f"a term compares logits, but the teacher {teacher.name} has {teacher.num_classes} classes and the data "
             f"{data.num_classes}; choose terms that read only features or embeddings (csf, pea, ea, gl_mixer)"
         )
+    data.dataset("val")[0]  # a validation transform that cannot be undone is refused now, not after the first epoch
     image, target, *_ = collate([data.dataset("train")[0]])
     parts = [part for part in (student, teacher, criterion) if part is not None]
     modes = [part.training for part in parts]
