@@ -1,7 +1,10 @@
 """Terms are weighed on one batch before step 1."""
 
 import logging
+from types import SimpleNamespace
 
+import albumentations as A
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,7 @@ from torch import nn
 from transkd.data import Batch
 from transkd.losses import Criterion, TaskCrossEntropy
 from transkd.models import create_segmenter
-from transkd.training.rehearsal import weigh
+from transkd.training.rehearsal import warn_of_padding, weigh
 
 
 class Constant(nn.Module):
@@ -68,3 +71,18 @@ def test_terms_of_a_like_size_are_logged_alone(student, caplog):
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
     assert student.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("fill", "said"), [({}, True), ({"fill_mask": 255}, False), ({"fill_mask": 1}, True)])
+def test_padding_that_is_labelled_as_a_class_is_warned_of(fill, said, caplog):
+    class Padded(Data):
+        classes = SimpleNamespace(names=("road", "car"))
+
+        def dataset(self, split):
+            image = np.zeros((32, 64, 3), np.uint8)
+            crop = A.RandomCrop(48, 48, pad_if_needed=True, **fill)
+            return SimpleNamespace(transform=A.Compose([crop]), read=lambda index: (image, None))
+
+    warn_of_padding(Padded())
+    assert ("fill_mask: 255" in caplog.text) == said
+    assert f"as {'car' if fill else 'road'}, class" in caplog.text or not said

@@ -12,13 +12,14 @@ from torch import Tensor
 from transkd.errors import UserError
 from transkd.outputs import IGNORE
 
-__all__ = ["ImageTransform", "transform_both"]
+__all__ = ["ImageTransform", "class_of_padding", "transform_both"]
 
 Pixels = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float64]
 
 START = 1000.0  # added to coordinates: what padding is filled with is at most 255
 SAMPLES = 96  # along each side, from which a transform is recognised
+TRIES = 4
 EXACT = 0.02  # pixels; cv2 keeps places in float32 or in 32nds of a pixel
 
 
@@ -26,8 +27,8 @@ class ImageTransform:
     """Transform images alone, and find out for each how to undo it.
 
     The coordinates of the pixels go through the transform together with the image, as a mask does, and show where each
-    pixel came to lie. An affine map that keeps the whole image can be undone: resizing, padding on any side, flips,
-    transposition, turns.
+    pixel came to lie. What keeps the whole image can be undone: resizing, padding on any side, flips, transposition, turns
+    by 90°.
 
     Args:
         transform: an Albumentations transform.
@@ -74,6 +75,26 @@ def transform_both(transform: Any, image: Pixels, label: Pixels) -> tuple[Pixels
     if shifted.dtype != np.uint8:
         return transformed["image"], shifted  # no class ids any more
     return transformed["image"], np.where(shifted == IGNORE, np.uint8(IGNORE), shifted - np.uint8(1))
+
+
+def class_of_padding(transform: Any, image: Pixels) -> int | None:
+    """The class that a transform gives to what it adds to an image; None if that is ignored, or if it adds nothing.
+
+    A transform that draws at random is tried a few times.
+
+    Example:
+        >>> import albumentations as A
+        >>> image, pad = np.zeros((4, 4, 3), np.uint8), A.Compose([A.PadIfNeeded(8, 8)])
+        >>> class_of_padding(pad, image), class_of_padding(A.Compose([A.PadIfNeeded(8, 8, fill_mask=255)]), image)
+        (0, None)
+    """
+    transform = copy.deepcopy(transform)  # whose own draws stay as they are
+    for seed in range(TRIES):
+        transform.set_random_seed(seed)
+        mask = transform(image=image, mask=np.full(image.shape[:2], IGNORE, np.uint8))["mask"]
+        if (mask != IGNORE).any():
+            return int(mask[mask != IGNORE][0])
+    return None
 
 
 def _interpolating_masks(transform: Any) -> Any:

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from transkd.data import SegmentationDataModule
 from transkd.data.datamodule import collate
+from transkd.data.geometry import class_of_padding
 from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.models import Network
 from transkd.outputs import SegmentationOutput
 from transkd.settings import TrainerSettings
 
-__all__ = ["check_schedules", "planned_steps", "rehearse", "weigh"]
+__all__ = ["check_schedules", "planned_steps", "rehearse", "warn_of_padding", "weigh"]
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def rehearse(student: Network, teacher: Network | None, criterion: Criterion, da
             f"a term compares logits, but the teacher {teacher.name} has {teacher.num_classes} classes and the data "
             f"{data.num_classes}; choose terms that read only features or embeddings (csf, pea, ea, gl_mixer)"
         )
+    warn_of_padding(data)
     data.dataset("val")[0]  # a validation transform that cannot be undone is refused now, not after the first epoch
     image, target, *_ = collate([data.dataset("train")[0]])
     parts = [part for part in (student, teacher, criterion) if part is not None]
@@ -69,6 +71,21 @@ def rehearse(student: Network, teacher: Network | None, criterion: Criterion, da
         criterion.eval()(ours, theirs, target.long())
     for part, mode in zip(parts, modes, strict=True):
         part.train(mode)
+
+
+def warn_of_padding(data: SegmentationDataModule) -> None:
+    """Warn if the training transform labels padding as a class, which is what Albumentations does by default."""
+    dataset = data.dataset("train")
+    if getattr(dataset, "transform", None) is None or not hasattr(dataset, "read"):
+        return
+    padding = class_of_padding(dataset.transform, dataset.read(0)[0])
+    if padding is not None and padding < len(data.classes.names):
+        log.warning(
+            "data.train_transform labels what it adds to an image as %s, class %d: set fill_mask: 255 where it pads, "
+            "unless that is meant",
+            data.classes.names[padding],
+            padding,
+        )
 
 
 def weigh(student: Network, teacher: nn.Module | None, criterion: Criterion, data: SegmentationDataModule) -> None:
