@@ -27,8 +27,8 @@ class ImageTransform:
     """Transform images alone, and find out for each how to undo it.
 
     The coordinates of the pixels go through the transform together with the image, as a mask does, and show where each
-    pixel came to lie. What keeps the whole image can be undone: resizing, padding on any side, flips, transposition, turns
-    by 90°.
+    pixel came to lie. What keeps the whole image can be undone: resizing, padding on any side, flips, transposition,
+    turns by 90°.
 
     Args:
         transform: an Albumentations transform.
