@@ -46,6 +46,7 @@ def test_public_names():
         "ReviewKDLoss",
         "Schedule",
         "TaskCrossEntropy",
+        "TeacherLabelsLoss",
         "channel_kl",
         "gradient_norm",
         "gradient_statistics",

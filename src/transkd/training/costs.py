@@ -1,0 +1,116 @@
+"""Time and memory of a run, from some real training steps and validation batches."""
+
+import time
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig
+
+from transkd.data import SegmentationDataModule
+from transkd.models import FrozenTeacher
+from transkd.report import count_parameters
+from transkd.settings import CheckSettings
+from transkd.training import build
+from transkd.training.build import Parts
+from transkd.training.device import Device
+from transkd.training.distiller import Distiller
+from transkd.training.fitting import fit
+from transkd.training.probing import StepTimer, loader_seconds
+from transkd.training.scoring import score
+
+__all__ = ["estimate_hours", "measure_costs"]
+
+ONE_DEVICE = {"devices": 1, "strategy": "auto"}
+
+
+def measure_costs(
+    facts: dict[str, Any],
+    cfg: DictConfig,
+    settings: CheckSettings,
+    parts: Parts,
+    teacher: FrozenTeacher | None,
+    device: Device,
+) -> None:
+    """Train some steps of the configured batch with the run's own trainer, and note memory, speed and hours.
+
+    Args:
+        facts: gets the entries "parameters", "memory", "speed" and, if the length of the run is known, "hours".
+        cfg: the whole configuration; trainer and optimization are built from it.
+        settings: the settings of the check.
+        parts: the parts of the run; the student is trained.
+        teacher: the frozen teacher; None if no term reads it.
+        device: the run's device.
+
+    Raises:
+        UserError: as the training does.
+    """
+    data, student, _, criterion = parts
+    count = count_parameters(student, criterion)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    facts["parameters"] = {
+        "student": count["student"],
+        "with_training_modules": sum(count.values()),
+        "trained_of_the_student": trained,
+    }
+    whole = build.build_side_trainer(cfg)  # the run's own, for its numbers of devices and batches
+    seconds = loader_seconds(data)
+    timer = StepTimer(settings.steps, device)
+    looks_back = bool(settings.gradients_every or criterion.shares)
+    device.compile(student, *criterion.terms.values(), keep_graph=looks_back)
+    distiller = Distiller(
+        student, criterion, teacher, build.build_optimization(cfg), settings.protocol, device,
+        gradients_every=settings.gradients_every,
+    )  # fmt: skip
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0, **ONE_DEVICE}
+    quiet = build.build_trainer(cfg, callbacks=[timer], enable_progress_bar=False, **options)
+    fit(quiet, distiller, data)
+    steps = timer.seconds[1:] or timer.seconds
+    facts["memory"] = {"bytes": timer.peak, "measured": timer.memory.measured, "batch_size": data.batch_size}
+    step = sum(steps) / len(steps)
+    begin = time.perf_counter()
+    side = build.build_side_trainer(cfg, limit_val_batches=2, **ONE_DEVICE)
+    score(student, data, settings.protocol, side, device)
+    validation = (time.perf_counter() - begin) / min(2, _batches(data))
+    facts["speed"] = {
+        "loader_images_per_second": data.batch_size / seconds,
+        "step_images_per_second": data.batch_size / step,
+        "step_seconds": step,
+        "steps_timed": len(steps),
+    }
+    hours = estimate_hours(whole, data, step, seconds, validation)
+    if hours is not None:
+        facts["hours"] = hours
+
+
+def estimate_hours(
+    trainer: L.Trainer, data: SegmentationDataModule, step: float, loader: float, validation: float
+) -> float | None:
+    """Estimate the hours of training and validation; None if ``trainer.max_epochs`` does not say how long it is.
+
+    Args:
+        trainer: the run's trainer.
+        data: determines the numbers of batches.
+        step: seconds of a training step.
+        loader: seconds of the loader per training batch; worker processes load while the step runs.
+        validation: seconds per validation batch.
+    """
+    epochs = trainer.max_epochs
+    if epochs is None or epochs < 0:
+        return None
+    devices = trainer.world_size
+    batch = max(step, loader) if data.num_workers else step + loader
+    training = _limited(data.batches(devices), trainer.limit_train_batches) * batch
+    validations = epochs // (trainer.check_val_every_n_epoch or 1)
+    scored = _limited(-(-_batches(data) // devices), trainer.limit_val_batches) * validation
+    return (epochs * training + validations * scored) / 3600
+
+
+def _batches(data: SegmentationDataModule) -> int:
+    return -(-len(data.dataset("val")) // data.eval_batch_size)
+
+
+def _limited(batches: int, limit: float | None) -> float:
+    """Number of batches under a limit of Lightning: a number of them, or a share as a float."""
+    if limit is None:
+        return batches
+    return batches * limit if isinstance(limit, float) else min(batches, limit)
