@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from damage import damage, write_many
 from PIL import Image
 
 from transkd.data import CAMVID, Pair, SegmentationDataModule, SegmentationDataset, find_camvid
@@ -16,53 +17,10 @@ def data(camvid_root):
     return SegmentationDataModule(find_camvid, str(camvid_root), "camvid", 11, 2, void=[11])
 
 
-def write_many(root, count, rng):
-    """Pairs with images as PNG and JPEG in turn, and labels as PNG."""
-    pairs = []
-    for i in range(count):
-        image = root / f"{i:03}{'.jpg' if i % 4 == 0 else '.png'}"
-        label = root / f"{i:03}_label.png"
-        noise = rng.integers(0, 60, (24, 32, 3))
-        Image.fromarray((noise + np.linspace(0, 190, 32)[:, None]).astype(np.uint8)).save(image)
-        Image.fromarray(rng.integers(0, 11, (24, 32), dtype=np.uint8)).save(label)
-        pairs.append(Pair(image, label))
-    return pairs
-
-
-def damaged(content, kind, rng):
-    """A file's bytes after an accident; the place is drawn."""
-    place = int(rng.integers(0, len(content)))
-    changed = bytearray(content)
-    if kind == "cut":
-        return bytes(changed[:place])
-    if kind == "zeros to the end":
-        changed[place:] = bytes(len(changed) - place)
-    elif kind == "a foreign block":
-        changed[place : place + 64] = rng.bytes(len(changed[place : place + 64]))
-    elif kind == "one bit":
-        changed[place] ^= 1 << int(rng.integers(0, 8))
-    elif kind == "bytes put in":
-        changed[place:place] = rng.bytes(16)
-    elif kind == "text":
-        return b"<html>not found</html>"
-    return bytes(changed)
-
-
-# without checksums a JPEG with one wrong bit is a picture like any other
-SEEN_IN_A_JPEG = ("cut", "zeros to the end", "text")
-SEEN_IN_A_PNG = (*SEEN_IN_A_JPEG, "a foreign block", "one bit", "bytes put in")
-
-
-def damage(path, turn, rng):
-    kinds = SEEN_IN_A_JPEG if path.suffix == ".jpg" else SEEN_IN_A_PNG
-    content = path.read_bytes()
-    changed = damaged(content, kinds[turn % len(kinds)], rng)
-    path.write_bytes(changed if changed != content else b"")
-
-
 def test_every_one_of_200_damaged_files_is_found_and_no_other(tmp_path):
     rng = np.random.default_rng(0)
-    pairs = write_many(tmp_path, 150, rng)
+    (tmp_path / "labels").mkdir()
+    pairs = write_many(tmp_path, tmp_path / "labels", 150, rng)
     files = [file for pair in pairs for file in pair]
     broken = {files[i] for i in rng.permutation(len(files))[:200]}
     for turn, path in enumerate(sorted(broken)):
@@ -143,3 +101,10 @@ def test_an_image_without_labels_is_looked_at_too(data, camvid_root):
     assert examine(dataset, 0)[1:3] == ([], (24, 32))
     image.write_bytes(b"")
     assert len(examine(dataset, 0).problems) == 1
+
+
+def test_a_frame_with_and_without_its_label_is_no_duplicate(data, camvid_root):
+    pairs = data.dataset("train").pairs
+    again = Pair(camvid_root / "train" / ".." / "train" / pairs[0].image.name, None)
+    found = inspect_split(SegmentationDataset([*pairs, again], CAMVID), "train")
+    assert duplicates([found]) == []

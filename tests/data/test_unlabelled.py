@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import assert_identical, composed, results, student
 
 from transkd.data import Batch, Pair, SegmentationDataModule, find_camvid
 from transkd.data.unlabelled import take_labelled
 from transkd.errors import UserError
+from transkd.run import run
+from transkd.training.distiller import Distiller
 
 
 @pytest.fixture
@@ -146,3 +149,33 @@ def test_a_share_of_the_labels():
 def test_the_share_leaves_validation_alone(build):
     data = build(labelled=0.5, unlabelled=None)
     assert (len(data.dataset("train")), len(data.dataset("val"))) == (2, 3)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_sees_the_same_images(tmp_path, monkeypatch):
+    """With terms that see images without labels; the data are those of the undisturbed run bit for bit."""
+    monkeypatch.chdir(tmp_path)
+    settings = ["distill=none", "term=[kd,teacher_labels]", "trainer.max_epochs=3", "name=mixed", "data.labelled=0.5"]
+    settings += [
+        "criterion.terms.teacher_labels.term.threshold=0",
+        f"data.unlabelled={tmp_path}/data/rgb_anon/*/train/*/*.png",
+    ]
+    run(composed(tmp_path, "undisturbed", *settings))
+    assert results(tmp_path, "undisturbed")["steps"] == 3 * 4  # a labelled and an unlabelled image in each batch
+    step = Distiller.training_step
+
+    def dies(self, batch, batch_idx):
+        assert batch.target.amin((1, 2)).eq(-1).tolist() == [False, True]
+        if self.teacher is not None and (self.current_epoch, batch_idx) == (2, 1):
+            raise KeyError("killed")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Distiller, "training_step", dies)
+    with pytest.raises(KeyError, match="killed"):
+        run(composed(tmp_path, "outputs/mixed/killed", *settings))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    run(composed(tmp_path, "outputs/mixed/second", *settings, "ckpt_path=last"))
+    assert_identical(student(tmp_path, "undisturbed"), student(tmp_path, "outputs/mixed/second"))
+    with pytest.raises(UserError, match="no term reads the teacher, so nothing is learnt from them"):
+        run(composed(tmp_path, "alone", "distill=none", settings[-1]))

@@ -111,6 +111,7 @@ def test_a_wrong_map_is_one_line(changes, theirs, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_of_other_classes(tmp_path):
     """A teacher of 21 classes, some of which are ours by name; it is scored and read with our 19."""
     names = (*reversed(CITYSCAPES.names), "lane", "boat")

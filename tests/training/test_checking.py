@@ -8,10 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from damage import damage, write_many
+from hydra import compose, initialize_config_dir
 from PIL import Image
 from runs import TINY, composed
 
 import transkd.check
+from transkd.cli import CONF
 from transkd.losses import Criterion, TaskCrossEntropy
 from transkd.models import create_segmenter
 from transkd.training.checking import Findings, check
@@ -104,15 +107,42 @@ def test_all_that_is_wrong_is_said_at_once(root, good, monkeypatch, capsys, tmp_
     assert any("the class bicyclist never occurs in the labels of train" in line for line in lines)
 
 
-def test_classes_and_terms_that_do_not_fit(root, good):
-    wrong = ["distill=transkd_base", "student.network.num_classes=18", "criterion.terms.task.weight=0.001"]
-    found = check(composed(root, "wrong", *wrong, config="check"))
-    assert found.problems == ["segformer_b0 has 18 classes, the data has 19"]
+def test_a_student_and_a_schedule_that_do_not_fit(root, good):
     never = "+criterion.terms.pea.schedule={_target_:transkd.losses.Schedule,start:3,unit:epoch}"
-    found = check(composed(root, "never", *wrong[::2], never, config="check"))
-    (problem,) = found.problems
-    assert "Term 'pea'" in problem
-    assert any("the term csf is" in line and "dominates" in line for line in found.warnings)
+    wrong = ["distill=transkd_base", "student.network.num_classes=18", never]
+    first, second = check(composed(root, "wrong", *wrong, config="check")).problems
+    assert first == "segformer_b0 has 18 classes, the data has 19"
+    assert "Term 'pea'" in second
+
+
+@pytest.mark.slow
+def test_200_damaged_files_are_all_found(tmp_path):
+    data, rng = tmp_path / "CamVid", np.random.default_rng(1)
+    files = []
+    for split, count in (("train", 100), ("val", 50)):
+        for folder in (split, f"{split}annot"):
+            (data / folder).mkdir(parents=True)
+        pairs = write_many(data / split, data / f"{split}annot", count, rng)
+        files += [file for pair in pairs for file in pair]
+    broken = sorted(files[i] for i in rng.permutation(len(files))[:200])
+    for turn, path in enumerate(broken):
+        damage(path, turn, rng)
+    own = [
+        part for part in TINY if not part.startswith(("+experiment", "data.prepare", "data.train_transform", "distill"))
+    ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = [
+            "+experiment=camvid",
+            *own,
+            "distill=none",
+            "all=true",
+            f"data.root={data}",
+            f"run_dir={tmp_path / 'run'}",
+        ]
+        found = check(compose("check", settings))
+    assert len(found.problems) == 200
+    assert {path for path in files if any(f" {path}:" in line for line in found.problems)} == set(broken)
+    assert found.facts["speed"]["step_seconds"] > 0  # on the files that are intact
 
 
 def test_a_mistake_of_another_library_is_a_problem_too():

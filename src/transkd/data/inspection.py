@@ -190,11 +190,16 @@ def _decoder_complaints(path: Path) -> str:
 
 def duplicates(inspections: Iterable[Inspection]) -> list[str]:
     """One line for each group of images with the same pixels, within a split and across splits."""
-    groups: dict[str, list[str]] = defaultdict(list)
+    groups: dict[str, dict[tuple[Path, str], Path]] = defaultdict(dict)
     for inspection in inspections:
         for digest, paths in inspection.digests.items():
-            groups[digest] += [f"{path} ({inspection.split})" for path in dict.fromkeys(paths)]
-    return [f"the same image {len(group)} times: {', '.join(group)}" for group in groups.values() if len(group) > 1]
+            # resolved: a frame may be in the split with its label and among the unlabelled ones
+            groups[digest].update({(path.resolve(), inspection.split): path for path in paths})
+    return [
+        f"the same image {len(group)} times: {', '.join(f'{path} ({split})' for (_, split), path in group.items())}"
+        for group in groups.values()
+        if len(group) > 1
+    ]
 
 
 def absent_classes(inspection: Inspection, names: Sequence[str]) -> list[str]:

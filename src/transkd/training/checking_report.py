@@ -45,7 +45,8 @@ def report_check(problems: Sequence[str], warnings: Sequence[str], facts: dict[s
         print(f"warning: {line}", file=sys.stderr)
     for line in problems:
         print(f"error: {line}", file=sys.stderr)
-    print(f"{len(problems)} problems, {len(warnings)} warnings; see {folder / 'check.json'} and sheet.png beside it")
+    sheet = " and sheet.png beside it" if (folder / "sheet.png").is_file() else ""
+    print(f"problems: {len(problems)}, warnings: {len(warnings)}; see {folder / 'check.json'}{sheet}")
 
 
 def files_table(facts: dict[str, Any]) -> Table:
