@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from documents import text, write_files
+from hydra import compose, initialize_config_dir
 from runs import composed, results
 
+from transkd.cli import CONF
 from transkd.data import CITYSCAPES
 from transkd.errors import UserError
 from transkd.losses import CWDLoss, DISTLoss, KDLoss
@@ -11,6 +14,7 @@ from transkd.models import FrozenTeacher, MappedClasses, create_segmenter, load_
 from transkd.models.class_map import map_logits, read_class_map
 from transkd.outputs import SegmentationOutput
 from transkd.run import run
+from transkd.settings import TrainSettings
 
 TINY = {"channels": [8, 16, 40, 64], "depths": [1, 1, 1, 1]}
 SOURCES = [[3], [0, 4], [1]]  # reordered, merged; class 2 is dropped
@@ -109,6 +113,16 @@ def test_a_wrong_map_is_one_line(changes, theirs, message):
     with pytest.raises(UserError, match=message) as error:
         read_class_map(class_map, OURS, theirs, 5)
     assert "\n" not in str(error.value)
+
+
+def test_the_guides_map_is_one_of_cityscapes(tmp_path):
+    write_files(text("guide"), tmp_path)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = [f"hydra.searchpath=[file://{tmp_path / 'my'}]", "teacher=cityscapes_b2", "run_dir=run"]
+        teacher = TrainSettings.read(compose("train", settings)).teacher
+    assert teacher.network["num_classes"] == 19
+    sources = read_class_map(teacher.class_map, ["object", "background", "drivable"], CITYSCAPES.names, 19)
+    assert [CITYSCAPES.names[ids[0]] for ids in sources] == ["person", "building", "road"]
 
 
 @pytest.mark.slow

@@ -193,14 +193,22 @@ def test_hours():
         batches=lambda devices: 100 // devices, dataset=lambda split: range(7), eval_batch_size=2, num_workers=2
     )
     trainer = SimpleNamespace(
-        max_epochs=9, world_size=2, check_val_every_n_epoch=2, limit_train_batches=1.0, limit_val_batches=1.0
+        max_epochs=9,
+        max_steps=-1,
+        accumulate_grad_batches=2,
+        world_size=2,
+        check_val_every_n_epoch=2,
+        limit_train_batches=1.0,
+        limit_val_batches=1.0,
     )
     # 9 epochs of 50 batches of 3 s, 4 validations of 2 batches of 5 s on each of two devices
     assert estimate_hours(trainer, data, 2.0, 3.0, 5.0) == pytest.approx((9 * 50 * 3 + 4 * 2 * 5) / 3600)
     data.num_workers = 0  # without workers one waits for the other
     trainer.limit_train_batches, trainer.limit_val_batches = 10, 0.5
     assert estimate_hours(trainer, data, 2.0, 3.0, 5.0) == pytest.approx((9 * 10 * 5 + 4 * 1 * 5) / 3600)
-    trainer.max_epochs = -1
+    trainer.max_steps = 20  # of two batches: four epochs
+    assert estimate_hours(trainer, data, 2.0, 3.0, 5.0) == pytest.approx((4 * 10 * 5 + 2 * 1 * 5) / 3600)
+    trainer.max_epochs = trainer.max_steps = -1
     assert estimate_hours(trainer, data, 2.0, 3.0, 5.0) is None
 
 

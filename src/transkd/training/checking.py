@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -73,12 +73,14 @@ def check(cfg: DictConfig) -> Findings:
     """Check a training run before it starts: files, networks, terms, memory and time; print and write the findings."""
     settings = CheckSettings.read(cfg)
     check_arguments(cfg)
-    prepare_process(settings.keep_freed_memory)
     device = Device.choose(
         settings.trainer.accelerator, settings.compile, settings.channels_last, settings.compile_regions
     )
+    prepare_process(settings.keep_freed_memory, device.kind)
     L.seed_everything(settings.seed, verbose=False)
     findings = Findings(batch_size=settings.data.batch_size)
+    if device.compile_mode == "auto":  # compiling takes minutes
+        device = replace(device, compile_mode=None)
     findings.attempt("compile", device.check)
     findings.attempt("ckpt_path", find_checkpoint, settings.ckpt_path, settings.name)
     folder = Path(settings.run_dir)
@@ -165,6 +167,10 @@ def check_networks(
         findings.attempt("teacher", check_teacher, findings, cfg, settings, teacher)
     if teacher is not None and settings.student.from_teacher:
         findings.attempt("student", allowed_method, unmapped(teacher), student, start_method(settings))
+    start = settings.student.weights or "random weights"
+    if settings.student.from_teacher:
+        start += f"; the run starts it from its teacher ({start_method(settings)}), the check does not"
+    findings.facts["start"] = start
     findings.attempt("student.lora", adapt, student, settings.student.lora)
     return Parts(data, student, teacher, criterion)
 
@@ -183,10 +189,10 @@ def check_teacher(findings: Findings, cfg: DictConfig, settings: CheckSettings, 
 def check_training(findings: Findings, cfg: DictConfig, settings: CheckSettings, parts: Parts, device: Device) -> None:
     """Run networks and terms on images as the run would, then real training steps, and estimate the whole."""
     data, student, teacher, criterion = parts
-    trainer, read = settings.trainer, teacher if criterion.ever_needs else None
+    read = teacher if criterion.ever_needs else None
     unfit = class_problems(student, read, criterion, data)
     findings.problem(*unfit)
-    findings.attempt("schedule", check_schedules, criterion, data, trainer.max_epochs, trainer.accumulate_grad_batches)
+    findings.attempt("schedule", check_schedules, criterion, data, settings.trainer)
     before = len(findings.problems)
     findings.attempt("one image", rehearse, student, read, criterion, data)
     if unfit or len(findings.problems) > before:

@@ -97,6 +97,8 @@ def run_table(facts: dict[str, Any]) -> Table:
         found = facts["teacher_score"]
         score = f"{100 * found['mIoU']:.2f} % on {found['images']} validation images ({found['protocol']})"
         table.add_row("teacher's mIoU", score)
+    if "start" in facts:
+        table.add_row("the student's start", facts["start"])
     if "parameters" in facts:
         found = facts["parameters"]
         table.add_row("student", f"{found['student'] / 1e6:.2f} M parameters, all that is deployed")
@@ -108,7 +110,8 @@ def run_table(facts: dict[str, Any]) -> Table:
     if "speed" in facts:
         found = facts["speed"]
         table.add_row("loader", f"{found['loader_images_per_second']:.2f} images/s")
-        table.add_row("training step", f"{found['step_images_per_second']:.2f} images/s, {found['step_seconds']:.3f} s")
+        speed = f"{found['step_images_per_second']:.2f} images/s, {found['step_seconds']:.3f} s"
+        table.add_row("training step", speed + (", compiled" if found["compiled"] else ", not compiled"))
     if "hours" in facts:
         hours = facts["hours"]
         length = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"

@@ -20,7 +20,8 @@ from transkd.training.scoring import score
 
 __all__ = ["estimate_hours", "measure_costs"]
 
-ONE_DEVICE = {"devices": 1, "strategy": "auto"}
+ONE_DEVICE: dict[str, Any] = {"devices": 1, "strategy": "auto"}
+"""Arguments of Lightning's Trainer for measurements in this process."""
 
 
 def measure_costs(
@@ -76,6 +77,7 @@ def measure_costs(
         "step_images_per_second": data.batch_size / step,
         "step_seconds": step,
         "steps_timed": len(steps),
+        "compiled": device.compile_mode is not None,
     }
     hours = estimate_hours(whole, data, step, seconds, validation)
     if hours is not None:
@@ -85,7 +87,7 @@ def measure_costs(
 def estimate_hours(
     trainer: L.Trainer, data: SegmentationDataModule, step: float, loader: float, validation: float
 ) -> float | None:
-    """Estimate the hours of training and validation; None if ``trainer.max_epochs`` does not say how long it is.
+    """Estimate the hours of training and validation; None if neither epochs nor steps are limited.
 
     Args:
         trainer: the run's trainer.
@@ -94,23 +96,26 @@ def estimate_hours(
         loader: seconds of the loader per training batch; worker processes load while the step runs.
         validation: seconds per validation batch.
     """
-    epochs = trainer.max_epochs
-    if epochs is None or epochs < 0:
-        return None
     devices = trainer.world_size
-    batch = max(step, loader) if data.num_workers else step + loader
-    training = _limited(data.batches(devices), trainer.limit_train_batches) * batch
-    validations = epochs // (trainer.check_val_every_n_epoch or 1)
+    epoch = _limited(data.batches(devices), trainer.limit_train_batches)
+    limits = [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        limits.append(trainer.max_epochs * epoch)
+    if not limits or not epoch:
+        return None
+    batches = min(limits)
+    training = batches * (max(step, loader) if data.num_workers else step + loader)
+    validations = batches // epoch // (trainer.check_val_every_n_epoch or 1)
     scored = _limited(-(-_batches(data) // devices), trainer.limit_val_batches) * validation
-    return (epochs * training + validations * scored) / 3600
+    return (training + validations * scored) / 3600
 
 
 def _batches(data: SegmentationDataModule) -> int:
     return -(-len(data.dataset("val")) // data.eval_batch_size)
 
 
-def _limited(batches: int, limit: float | None) -> float:
+def _limited(batches: int, limit: float | None) -> int:
     """Number of batches under a limit of Lightning: a number of them, or a share as a float."""
     if limit is None:
         return batches
-    return batches * limit if isinstance(limit, float) else min(batches, limit)
+    return int(batches * limit) if isinstance(limit, float) else min(batches, limit)
