@@ -13,6 +13,7 @@ from runs import assert_identical, composed, results, student
 from transkd.data import Batch, Pair, SegmentationDataModule, find_camvid
 from transkd.data.unlabelled import take_labelled
 from transkd.errors import UserError
+from transkd.outputs import UNLABELLED
 from transkd.run import run
 from transkd.training.distiller import Distiller
 
@@ -101,7 +102,7 @@ def test_on_the_device_they_are_marked(build):
     (batch, *_) = data.train_dataloader()
     target = data.on_after_batch_transfer(batch, 0).target
     assert target.dtype == torch.int64
-    assert (target[1:] == -1).all()
+    assert (target[1:] == UNLABELLED).all()
     assert torch.equal(target[0], batch.target[0].long())
 
 
@@ -165,7 +166,7 @@ def test_a_resumed_run_sees_the_same_images(tmp_path, monkeypatch):
     step = Distiller.training_step
 
     def dies(self, batch, batch_idx):
-        assert batch.target.amin((1, 2)).eq(-1).tolist() == [False, True]
+        assert batch.target.amin((1, 2)).eq(UNLABELLED).tolist() == [False, True]
         if self.teacher is not None and (self.current_epoch, batch_idx) == (2, 1):
             raise KeyError("killed")
         return step(self, batch, batch_idx)
