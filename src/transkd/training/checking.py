@@ -48,12 +48,15 @@ class Findings:
         problems: one line for each thing that will go wrong.
         warnings: one line for each thing to look at.
         facts: what was measured, as it is written to ``check.json``.
+        batch_size: the configured one, for messages.
+        teacher_loaded: whether the teacher has its weights.
     """
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 1
+    teacher_loaded: bool = False
 
     def attempt(self, what: str, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Run a step of the check; note its error as a problem, and return None then."""
@@ -150,21 +153,21 @@ def check_networks(
 ) -> Parts | None:
     """Build both networks and the terms, and load the weights; return None if a part of them cannot be built."""
     student = findings.attempt("student", build.build_student, cfg, settings.student, settings.license_policy)
-    before = len(findings.problems)
     if data is None:
         return None
+    before = len(findings.problems)
     teacher = findings.attempt("teacher", build.build_teacher, cfg, settings.teacher, data.classes.names)
-    if student is None or len(findings.problems) > before:
-        return None
-    channels = teacher.channels if teacher is not None else ()
-    criterion = findings.attempt("criterion", build.build_criterion, cfg, student.channels, channels)
-    if criterion is None:
-        return None
-    device.lay_out(student, teacher, criterion)
-    if not (criterion.ever_needs or settings.student.from_teacher):
+    criterion = None
+    if student is not None and len(findings.problems) == before:
+        channels = teacher.channels if teacher is not None else ()
+        criterion = findings.attempt("criterion", build.build_criterion, cfg, student.channels, channels)
+    if criterion is not None and not (criterion.ever_needs or settings.student.from_teacher):
         teacher = None
+    device.lay_out(student, teacher, criterion)
     if teacher is not None:
         findings.attempt("teacher", check_teacher, findings, cfg, settings, teacher)
+    if student is None or criterion is None:
+        return None
     if teacher is not None and settings.student.from_teacher:
         findings.attempt("student", allowed_method, unmapped(teacher), student, start_method(settings))
     start = settings.student.weights or "random weights"
@@ -184,6 +187,7 @@ def check_teacher(findings: Findings, cfg: DictConfig, settings: CheckSettings, 
         return
     about = teaching.load_teacher(teacher, source, settings.teacher.license, settings.license_policy)
     findings.facts["teacher"] = f"{teacher.name}, {about['teacher_weights']}"
+    findings.teacher_loaded = True
 
 
 def check_training(findings: Findings, cfg: DictConfig, settings: CheckSettings, parts: Parts, device: Device) -> None:
@@ -202,8 +206,7 @@ def check_training(findings: Findings, cfg: DictConfig, settings: CheckSettings,
     findings.attempt(
         "training step", measure_costs, findings.facts, cfg, settings, parts._replace(teacher=None), frozen, device
     )
-    trained = teacher is not None and "random here" not in str(findings.facts.get("teacher"))
-    if trained and teacher is not None and teaching.can_be_scored(teacher, data):
+    if findings.teacher_loaded and teacher is not None and teaching.can_be_scored(teacher, data):
         findings.attempt("teacher", check_score, findings, cfg, settings, teacher, data, device)
 
 
