@@ -154,10 +154,11 @@ the cross-entropy. Parameters of a term are not part of the deployed student.
 
 Common to all terms: the teacher's outputs are detached; maps of another size are resized to a common grid, by default
 the teacher's (bilinear, align_corners=False); labels are resized by nearest neighbour, 255 is ignored; values are
-computed in float32 or float64; a batch without a valid position gives 0 with zero gradients; values are means over
-positions, so that they do not grow with the image, unless the method is a sum (stated). In distributed training means
-over valid positions are computed in each process, so with unequal numbers of labelled pixels the result differs from
-that of one process with the joined batch.
+computed in float32 or float64; a batch without a valid position gives 0 with zero gradients; images without labels
+(`data.unlabelled`) are ignored by what reads labels and seen by everything else, with `mask_ignored` too; values are
+means over positions, so that they do not grow with the image, unless the method is a sum (stated). In distributed
+training means over valid positions are computed in each process, so with unequal numbers of labelled pixels the result
+differs from that of one process with the joined batch.
 
 **Weights.** `criterion.terms.<name>.weight=0.5` sets a weight. `'criterion.terms.<name>.weight="auto(0.3)"'` calibrates
 it on the first ten steps such that the norm of the term's gradient on the student is 0.3 times that of the task's, and

@@ -67,6 +67,7 @@ def test_the_tree_is_walked():
 def test_a_command_asks_for_no_more_than_the_user_alone_can_know(root):
     asked = {
         "train": [],
+        "check": [],
         "evaluate": ["weights"],
         "predict": ["weights", "input"],
         "export": ["weights", "format", "output"],

@@ -11,6 +11,7 @@ from transkd.errors import UserError
 from transkd.models import FrozenTeacher, load_segmenter
 from transkd.run import run
 from transkd.training.distiller import Distiller
+from transkd.settings import TrainerSettings
 from transkd.training.rehearsal import check_schedules
 
 SHORT = ["pictures=0", "trainer.max_epochs=2", "distill=transkd_cwd", "term=[pea,cwd]"]
@@ -60,8 +61,7 @@ def test_the_early_look_at_schedules_asks_for_no_epochs_and_counts_every_step(ro
         cfg.channels.student = cfg.channels.teacher = [8, 16, 40, 64]
         data = instantiate(cfg.data)
         data.prepare_data()
-        trainer = cfg.trainer
-        check_schedules(instantiate(cfg.criterion), data, trainer.max_epochs, trainer.accumulate_grad_batches)
+        check_schedules(instantiate(cfg.criterion), data, TrainerSettings.read(cfg.trainer))
 
     look("trainer.max_epochs=null")
     look("trainer.max_epochs=1", "trainer.accumulate_grad_batches=3")  # 4 batches are 2 steps

@@ -22,7 +22,7 @@ TASK = "task"
 CLASSES, SIZE = 19, (512, 1024)
 STUDENT, TEACHER = (32, 64, 160, 256), (64, 128, 320, 512)  # MiT-B0 and MiT-B2
 # settings that a term requires for these outputs, see docs/losses.md
-SETTINGS = {"isrd": {"ratio": 4}}
+SETTINGS = {"isrd": {"ratio": 4}, "teacher_labels": {"threshold": 0.15}}
 SAME_WIDTHS = {"wecolora"}
 
 Pair = tuple[SegmentationOutput, SegmentationOutput, Tensor]

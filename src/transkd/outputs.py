@@ -4,10 +4,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["EVERYTHING", "IGNORE", "SegmentationOutput"]
+__all__ = ["EVERYTHING", "IGNORE", "UNLABELLED", "SegmentationOutput"]
 
 IGNORE = 255
 """Label of pixels that losses and scores ignore."""
+
+UNLABELLED = -255
+"""Label of all pixels of an image without labels.
+
+Terms that read labels ignore it as they do 255 and other negative values; ``mask_ignored`` leaves such pixels in.
+"""
 
 EVERYTHING = frozenset({"logits", "features", "embeddings"})
 """Kinds of output that can be requested; a term's ``needs`` is a subset."""

@@ -16,9 +16,11 @@ from transkd.cli import save_resolved
 from transkd.data import SegmentationDataModule
 from transkd.losses import Criterion
 from transkd.metrics import Scores
-from transkd.models import FrozenTeacher, Network, add_lora, inherit, merge_lora, save_segmenter
+from transkd.models import FrozenTeacher, MappedClasses, Network, add_lora, inherit, merge_lora, save_segmenter
+from transkd.models.class_map import unmapped
 from transkd.models.inherit.copying import take_normalisation
 from transkd.models.storage.lineage import as_teacher, merge_lineage
+from transkd.models.storage.loading import CLASSIFIERS
 from transkd.report import describe_scores, log_sizes, report_run
 from transkd.settings import LoraSettings, TrainSettings
 from transkd.training import build, teaching
@@ -129,7 +131,7 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
     fill_class_weights(cfg, data, kept, settings.trainer.enable_progress_bar)
     # the student first, so that its random weights do not depend on the teacher
     student = build.build_student(cfg, settings.student, settings.license_policy)
-    teacher = build.build_teacher(cfg)
+    teacher = build.build_teacher(cfg, settings.teacher, data.classes.names)
     criterion = build.build_criterion(cfg, student.channels, teacher.channels if teacher is not None else ())
     device.lay_out(student, teacher, criterion)
     if getattr(rank_zero_only, "rank", 0) == 0:
@@ -155,11 +157,16 @@ def start_student(
     if resumed:
         take_normalisation(student, teacher)
         return None
-    how = "best" if settings.student.from_teacher is True else str(settings.student.from_teacher)
+    how = start_method(settings)
     solve = settings.student.solve
     images = calibration_images(data, solve.images, solve.folder, settings.seed)
     teacher.to(device.local)
-    report = inherit(teacher, student, images, how, seed=settings.seed, progress=settings.trainer.enable_progress_bar)
+    fresh = {name: tensor.clone() for name, tensor in student.state_dict().items() if name.startswith(CLASSIFIERS)}
+    progress = settings.trainer.enable_progress_bar
+    report = inherit(unmapped(teacher), student, images, how, seed=settings.seed, progress=progress)
+    if isinstance(teacher, MappedClasses):
+        student.load_state_dict({**student.state_dict(), **fresh})
+        log.info("student: the classifier starts from random weights, since the teacher has other classes")
     teacher.cpu()  # Lightning moves it to the device later
     log.info("student: %s", report.summary())
     scores = score(student, data, settings.protocol, build.build_side_trainer(cfg), device)
@@ -167,12 +174,18 @@ def start_student(
     return {**report.as_dict(), **describe_scores(scores, settings.protocol, data.classes.names)}
 
 
-def freeze_teacher(settings: TrainSettings, parts: Parts, device: Device) -> FrozenTeacher:
-    """Freeze the teacher and, depending on ``teacher.standardise``, standardise its features."""
+def start_method(settings: TrainSettings) -> str:
+    """How the student starts from its teacher, as ``inherit`` calls it."""
+    return "best" if settings.student.from_teacher is True else str(settings.student.from_teacher)
+
+
+def freeze_teacher(settings: TrainSettings, parts: Parts, device: Device, count: int | None = None) -> FrozenTeacher:
+    """Freeze the teacher and, depending on ``teacher.standardise``, standardise its features on ``count`` images."""
     assert parts.teacher is not None
     frozen = FrozenTeacher(parts.teacher, parts.criterion.ever_needs, cast_once=device.compile_mode is None)
     parts.teacher.to(device.local)
-    images = calibration_images(parts.data, settings.student.solve.images, seed=settings.seed, device=device.local)
+    count = count or settings.student.solve.images
+    images = calibration_images(parts.data, count, seed=settings.seed, device=device.local)
     scales = frozen.standardise(images, settings.teacher.standardise)
     parts.teacher.cpu()
     if scales:
@@ -187,11 +200,8 @@ def prepare_teacher(
     cfg: DictConfig, settings: TrainSettings, network: Network, data: SegmentationDataModule, device: Device
 ) -> tuple[dict[str, Any], Scores | None]:
     """Load the teacher's weights, train it first if it has none and that is configured, and evaluate it."""
-    source: str | Path | None = settings.teacher.weights
-    if source is None:
-        task = cfg.criterion.terms.task.term
-        recipe = [build.plain(cfg.data, cfg.teacher.network, cfg.teacher.fit, cfg.optim, task), settings.seed]
-        source = teaching.kept_teacher(settings.teacher, settings.name, network.name, recipe)
+    source = teacher_source(cfg, settings, network)
+    if isinstance(source, Path):
         if source.is_file():
             log.info("teacher: using %s, trained by an earlier run with the same settings", source)
         else:
@@ -202,6 +212,15 @@ def prepare_teacher(
     scores = score(network, data, settings.protocol, build.build_side_trainer(cfg), device)
     teaching.check_scores(scores, settings.protocol, settings.teacher.min_miou)
     return about, scores
+
+
+def teacher_source(cfg: DictConfig, settings: TrainSettings, network: Network) -> str | Path:
+    """The teacher's weights as given, or the path of the teacher that the run trains itself."""
+    if settings.teacher.weights is not None:
+        return settings.teacher.weights
+    task = cfg.criterion.terms.task.term
+    recipe = [build.plain(cfg.data, cfg.teacher.network, cfg.teacher.fit, cfg.optim, task), settings.seed]
+    return teaching.kept_teacher(settings.teacher, settings.name, network.name, recipe)
 
 
 def fit_teacher(

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from transkd.typed import Settings
 
 __all__ = [
+    "CheckSettings",
     "EvaluateSettings",
     "ExportSettings",
     "PredictSettings",
@@ -88,6 +89,7 @@ class TeacherSettings(Settings):
     license: Text | None = None
     min_miou: Share = 0.1
     standardise: bool | Literal["auto"] = "auto"
+    class_map: dict[str | int, list[str | int] | str | int] | None = None
     fit: TeacherFitSettings = TeacherFitSettings()
 
 
@@ -108,6 +110,9 @@ class DataSettings(Settings):
     num_workers: Count = 0
     num_classes: Positive = 1
     seed: Count = 0
+    labelled: Share = 1.0
+    unlabelled: Text | None = None
+    unlabelled_share: Share = 0.5
     void: list[Annotated[int, Field(ge=0, le=255)]] = Field(default_factory=list)
 
 
@@ -178,6 +183,15 @@ class EvaluateSettings(TrainSettings):
     """``python -m transkd.evaluate``."""
 
     weights: Text
+
+
+class CheckSettings(TrainSettings):
+    """``python -m transkd.check``."""
+
+    all: bool = False
+    sample: Positive = 64
+    images: Positive = 4
+    steps: Positive = 3
 
 
 class PredictSettings(ProcessSettings):

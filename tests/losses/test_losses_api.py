@@ -49,6 +49,7 @@ def test_public_names():
         "TaskDice",
         "TaskFocal",
         "TaskOHEM",
+        "TeacherLabelsLoss",
         "channel_kl",
         "gradient_norm",
         "gradient_statistics",

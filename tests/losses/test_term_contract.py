@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from transkd.errors import UserError
 from transkd.losses import Criterion
-from transkd.outputs import EVERYTHING
+from transkd.outputs import EVERYTHING, UNLABELLED
 
 FOLDER = Path(__file__).parents[2] / "conf" / "term"
 # a student and the teacher that it is copied from have the same widths
@@ -21,8 +21,8 @@ FILES = sorted(FOLDER.rglob("*.yaml"))
 
 
 # the pairs drawn here see images of one size, where isrd's file is for a teacher whose image is twice the student's,
-# and logits of 16×24, where skd_adversarial takes 64×64 at least
-FOR_THE_DRAWN = {"isrd": {"ratio": 4}, "skd_adversarial": {"grid": "labels"}}
+# and logits of 16×24, where skd_adversarial takes 64×64 at least; a drawn teacher is seldom sure
+FOR_THE_DRAWN = {"isrd": {"ratio": 4}, "skd_adversarial": {"grid": "labels"}, "teacher_labels": {"threshold": 0.5}}
 # a discriminator's attention starts as the identity, and its hinge moves both scores alike: these learn from step 2 on
 ASLEEP_AT_FIRST = r"discriminator\.(layers\.attention\d\.(query|key|value)|score\.bias)"
 
@@ -239,6 +239,15 @@ def test_a_batch_without_a_valid_label(term, widths):
 
 
 @AS_IT_IS_AND_MASKED
+def test_images_without_labels(term, settings, widths):
+    """A term that reads labels ignores them; one that only leaves out ignored positions sees all of them."""
+    student, teacher, target = make_pair(*widths)
+    ignored = torch.full_like(target, 255)
+    expected = called(copy.deepcopy(term), student, teacher, target if settings else ignored)
+    assert called(term, student, teacher, torch.full_like(target, UNLABELLED)) == expected
+
+
+@AS_IT_IS_AND_MASKED
 def test_ignored_positions_teach_nothing(term, widths):
     """What networks give on the left half, where every label is 255, matters to no term that reads labels."""
     pair = make_pair(*widths)
@@ -329,7 +338,7 @@ def test_a_value_does_not_grow_with_the_image(term, widths):
 
 
 # settings without which a term wants more than the teacher's outputs: a learnt projection, the label's probability
-NOTHING_BETWEEN = {"fitnet": {"adapter": None}, "pdd": {"variant": "dkd"}}
+NOTHING_BETWEEN = {"fitnet": {"adapter": None}, "pdd": {"variant": "dkd"}, "teacher_labels": {"soft": True}}
 
 
 @pytest.mark.parametrize(("path", "settings"), with_settings(FILES, NOTHING_BETWEEN))

@@ -94,7 +94,7 @@ def test_a_cpu_is_eager_unless_told_otherwise():
     ],
 )
 def test_steps_of_a_run(trainer, expected):
-    data = SimpleNamespace(dataset=lambda split: range(50), batch_size=4)
+    data = SimpleNamespace(batches=lambda: 50 // 4)
     assert planned_steps(data, TrainerSettings(**trainer)) == expected
 
 

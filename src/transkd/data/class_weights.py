@@ -35,7 +35,7 @@ class _Counts(Dataset[npt.NDArray[np.int64]]):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.dataset.labelled  # images without a label come last
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
         label = self.dataset.read(index)[1]
@@ -50,7 +50,7 @@ def count_classes(dataset: SegmentationDataset, num_workers: int = 0, progress: 
     """
     pixels, around = np.zeros((2, len(dataset.classes.names)), np.int64)
     images = DataLoader(_Counts(dataset), batch_size=None, num_workers=num_workers, collate_fn=np.asarray)
-    for found in track(images, "counting classes", total=len(dataset), disable=not progress):
+    for found in track(images, "counting classes", total=dataset.labelled, disable=not progress):
         pixels += found
         around += (found > 0) * found.sum()
     return ClassCounts(pixels.tolist(), around.tolist())

@@ -9,9 +9,11 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from transkd.data.classes import CLASS_SETS, ClassSet
-from transkd.data.dataset import Batch, Pair, PlacedBatch, SegmentationDataset
+from transkd.data.dataset import UNLABELLED_BYTE, Batch, Pair, PlacedBatch, SegmentationDataset
+from transkd.data.unlabelled import MixedSampler, find_unlabelled, images_per_batch, take_labelled
 from transkd.errors import UserError
 from transkd.metrics import PROTOCOLS
+from transkd.outputs import UNLABELLED
 
 __all__ = ["SeededSampler", "SegmentationDataModule"]
 
@@ -66,6 +68,9 @@ class SegmentationDataModule(L.LightningDataModule):
         protocol: evaluation protocol (``transkd.metrics.PROTOCOLS``).
         seed: seed of shuffling and augmentation.
         void: label values to ignore in addition to 255.
+        labelled: share of the labelled training images to use, chosen by the seed.
+        unlabelled: training images without labels: a folder or a glob.
+        unlabelled_share: share of each batch that they take.
         prepare: called as ``prepare(root=…)`` once before the data set is read; generates the demo's data.
         conditions: names of folders in the images' paths, such as fog; scores are given for each of them too.
     """
@@ -84,6 +89,9 @@ class SegmentationDataModule(L.LightningDataModule):
         protocol: str = "full-res",
         seed: int = 0,
         void: Sequence[int] = (),
+        labelled: float = 1.0,
+        unlabelled: str | None = None,
+        unlabelled_share: float = 0.5,
         prepare: Callable[..., Any] | None = None,
         conditions: Sequence[str] = (),
     ) -> None:
@@ -101,6 +109,8 @@ class SegmentationDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.protocol, self.seed, self.conditions = protocol, seed, tuple(conditions)
+        self.labelled, self.unlabelled = labelled, unlabelled
+        self.per_batch = (batch_size, 0) if unlabelled is None else images_per_batch(batch_size, unlabelled_share)
         self._splits: dict[str, SegmentationDataset] = {}
         self._next_epoch = 0
 
@@ -112,29 +122,49 @@ class SegmentationDataModule(L.LightningDataModule):
     def dataset(self, split: str) -> SegmentationDataset:
         """Return the split "train" or "val"; its files are searched at the first call."""
         if split not in self._splits:
-            train = split == "train"
-            self._splits[split] = SegmentationDataset(
-                self.find(root=self.root, split=split),
-                self.classes,
-                void=self.void,
-                transform=self.train_transform if train else self.eval_transform,
-                transform_labels=train or PROTOCOLS[self.protocol].transform_labels,
-                ignore_padding=not train,
-            )
+            self.use(split, self.find(root=self.root, split=split))
+        return self._splits[split]
+
+    def use(self, split: str, pairs: Sequence[Pair]) -> SegmentationDataset:
+        """Use these pairs as a split from now on; the settings add unlabelled images to "train" and reduce its labels.
+
+        Raises:
+            UserError: there are no unlabelled images although a folder or a glob of them is given.
+        """
+        train = split == "train"
+        if train:
+            pairs = take_labelled(pairs, self.labelled, self.seed)
+            pairs += find_unlabelled(self.unlabelled) if self.unlabelled is not None else []
+        self._splits[split] = SegmentationDataset(
+            pairs,
+            self.classes,
+            void=self.void,
+            transform=self.train_transform if train else self.eval_transform,
+            transform_labels=train or PROTOCOLS[self.protocol].transform_labels,
+            ignore_padding=not train,
+        )
         return self._splits[split]
 
     def train_dataloader(self) -> DataLoader[Batch | PlacedBatch]:
         """Return the loader of the shuffled, augmented training split; an incomplete last batch is dropped."""
         dataset = self.dataset("train")
         world_size, rank = self._world_size_and_rank()
-        if len(dataset) < self.batch_size * world_size:
+        if not self.batches(world_size):
+            some = "" if self.unlabelled is None else f", {self.per_batch[0]} of them labelled,"
             raise UserError(
-                f"data.batch_size={self.batch_size} on {world_size} device(s) is more than the "
-                f"{len(dataset)} training images; lower it"
+                f"data.batch_size={self.batch_size}{some} on {world_size} device(s) is more than the "
+                f"{dataset.labelled} training images{some and ' with labels'}; lower it"
             )
-        sampler = SeededSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed, drop_last=True)
+        labelled: Any = range(dataset.labelled)
+        sampler: Any = SeededSampler(labelled, num_replicas=world_size, rank=rank, seed=self.seed, drop_last=True)
+        if self.unlabelled is not None:
+            sampler = MixedSampler(sampler, dataset.labelled, len(dataset) - dataset.labelled, self.per_batch)
         sampler.set_epoch(self._next_epoch)  # Lightning sets it too, but after workers have prefetched
         return self._loader(dataset, self.batch_size, sampler, drop_last=True)
+
+    def batches(self, world_size: int = 1) -> int:
+        """Number of training batches of each device in an epoch, a pass over the labelled images."""
+        return self.dataset("train").labelled // world_size // self.per_batch[0]
 
     def val_dataloader(self) -> DataLoader[Batch | PlacedBatch]:
         """Return the loader of the validation split: every image exactly once over all devices, without padding."""
@@ -153,7 +183,12 @@ class SegmentationDataModule(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Convert labels to int64 on the device; they are transferred as uint8."""
-        return batch._replace(target=batch.target.long()) if isinstance(batch, Batch | PlacedBatch) else batch
+        if not isinstance(batch, Batch | PlacedBatch):
+            return batch
+        target = batch.target.long()
+        if self.unlabelled is not None:
+            target = target.masked_fill(target == UNLABELLED_BYTE, UNLABELLED)
+        return batch._replace(target=target)
 
     def _world_size_and_rank(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)

@@ -19,10 +19,13 @@ from transkd.outputs import IGNORE
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "UNLABELLED_BYTE",
     "Batch",
     "Pair",
     "PlacedBatch",
     "SegmentationDataset",
+    "UnpairedError",
+    "check_sizes",
     "is_image",
     "pair_by_name",
     "read_image",
@@ -31,14 +34,31 @@ __all__ = [
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Suffixes of image files, in lower case."""
 
+UNLABELLED_BYTE = 254
+"""``transkd.outputs.UNLABELLED`` as uint8, in samples and in batches before they reach the device."""
+
 _UNKNOWN = 254  # marks label values outside the classes
 
 
 class Pair(NamedTuple):
-    """Paths of an image and its label."""
+    """Paths of an image and its label; None for an image without labels."""
 
     image: Path
-    label: Path
+    label: Path | None
+
+
+class UnpairedError(UserError):
+    """Images without a label, or labels without an image.
+
+    Attributes:
+        unpaired: one line for each of them.
+        pairs: the images and labels that do have a counterpart.
+    """
+
+    def __init__(self, unpaired: Sequence[str], pairs: Sequence[Pair]) -> None:
+        more = f"; and {len(unpaired) - 6} more" if len(unpaired) > 6 else ""
+        super().__init__(f"images and labels must come in pairs of the same name; {'; '.join(unpaired[:6])}{more}")
+        self.unpaired, self.pairs = list(unpaired), list(pairs)
 
 
 class Batch(NamedTuple):
@@ -85,14 +105,14 @@ def pair_by_name(images: Mapping[str, Path], labels: Mapping[str, Path]) -> list
     """Pair images and labels by their common key and sort the pairs by key.
 
     Raises:
-        UserError: an image has no label or a label no image; the message lists them.
+        UnpairedError: an image has no label or a label no image; the message lists them.
     """
     unpaired = [f"image without a label: {images[key]}" for key in sorted(images.keys() - labels.keys())]
     unpaired += [f"label without an image: {labels[key]}" for key in sorted(labels.keys() - images.keys())]
+    pairs = [Pair(images[key], labels[key]) for key in sorted(images.keys() & labels.keys())]
     if unpaired:
-        more = f"; and {len(unpaired) - 6} more" if len(unpaired) > 6 else ""
-        raise UserError(f"images and labels must come in pairs of the same name; {'; '.join(unpaired[:6])}{more}")
-    return [Pair(images[key], labels[key]) for key in sorted(images)]
+        raise UnpairedError(unpaired, pairs)
+    return pairs
 
 
 def read_image(path: str | Path, mode: str | None = "RGB") -> npt.NDArray[np.uint8]:
@@ -110,11 +130,20 @@ def read_image(path: str | Path, mode: str | None = "RGB") -> npt.NDArray[np.uin
         raise UserError(f"cannot read the image {path}: damaged, truncated or not an image ({error})") from error
 
 
+def check_sizes(pair: Pair, image: npt.NDArray[np.uint8], label: npt.NDArray[np.uint8]) -> None:
+    """Raise a `UserError` unless an image [H, W, 3] and its label [H, W] have the same size."""
+    if label.shape != image.shape[:2]:
+        raise UserError(
+            f"image and label differ in size: {pair.image} is {image.shape[0]}×{image.shape[1]}, "
+            f"{pair.label} is {label.shape[0]}×{label.shape[1]}"
+        )
+
+
 class SegmentationDataset(Dataset[Batch | PlacedBatch]):
     """Images with label maps of class ids.
 
     Args:
-        pairs: paths of images and labels, see ``pair_by_name``.
+        pairs: paths of images and labels, see ``pair_by_name``; those without a label come last.
         classes: names and colours of the label values 0 … K-1; 255 is ignored.
         void: other label values to ignore.
         transform: Albumentations transform of image and label.
@@ -147,27 +176,40 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
         """Number of pairs."""
         return len(self.pairs)
 
+    @property
+    def labelled(self) -> int:
+        """Number of images with labels."""
+        return sum(pair.label is not None for pair in self.pairs)
+
     def read(self, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """Read image [H, W, 3] and label [H, W] at their size on disk, void label values mapped to 255."""
         pair = self.pairs[index]
-        image, stored = read_image(pair.image), read_image(pair.label, mode=None)
+        image = read_image(pair.image)
+        if pair.label is None:
+            return image, np.full(image.shape[:2], UNLABELLED_BYTE, dtype=np.uint8)
+        label = self.read_label(pair.label)
+        check_sizes(pair, image, label)
+        return image, label
+
+    def read_label(self, path: Path) -> npt.NDArray[np.uint8]:
+        """Read a label [H, W] as class ids, void label values mapped to 255.
+
+        Raises:
+            UserError: the file cannot be read or is no map of class ids, or ids are outside the classes.
+        """
+        stored = read_image(path, mode=None)
         if stored.ndim != 2 or stored.dtype != np.uint8:
             raise UserError(
-                f"{pair.label}: a label must be a single-channel 8-bit image of class ids, "
+                f"{path}: a label must be a single-channel 8-bit image of class ids, "
                 f"got {stored.dtype} of shape {list(stored.shape)}"
-            )
-        if stored.shape != image.shape[:2]:
-            raise UserError(
-                f"image and label differ in size: {pair.image} is {image.shape[0]}×{image.shape[1]}, "
-                f"{pair.label} is {stored.shape[0]}×{stored.shape[1]}"
             )
         label = self._ids[stored]
         if (label == _UNKNOWN).any():
             raise UserError(
-                f"{pair.label}: label values {np.unique(stored[label == _UNKNOWN]).tolist()} are outside the "
+                f"{path}: label values {np.unique(stored[label == _UNKNOWN]).tolist()} are outside the "
                 f"{len(self.classes.names)} classes 0…{len(self.classes.names) - 1} (255 = ignore)"
             )
-        return image, label
+        return label
 
     def __getitem__(self, key: int | tuple[int, int]) -> Batch | PlacedBatch:
         """Return the transformed sample as tensors."""

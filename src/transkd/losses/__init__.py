@@ -33,6 +33,7 @@ from transkd.losses.schedule import Progress, Schedule
 from transkd.losses.shared.distances import channel_kl, hierarchical_context, spatial_kl
 from transkd.losses.skd import SKDPairwiseLoss
 from transkd.losses.skd_adversarial import SKDAdversarialLoss
+from transkd.losses.teacher_labels import TeacherLabelsLoss
 from transkd.losses.vlfd import VLFDLoss
 from transkd.losses.wecolora import WeCoLoRALoss
 
@@ -66,6 +67,7 @@ __all__ = [
     "TaskDice",
     "TaskFocal",
     "TaskOHEM",
+    "TeacherLabelsLoss",
     "VLFDLoss",
     "WeCoLoRALoss",
     "channel_kl",

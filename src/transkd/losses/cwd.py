@@ -37,7 +37,7 @@ class CWDLoss(nn.Module):
             another size are resized bilinearly, align_corners=False.
         normaliser: "channel" as above; "spatial" is the softmax over the classes at each pixel, as in `KDLoss`;
             "channel_mean" the squared error between the means of each class over the pixels, without τ.
-        mask_ignored: exclude pixels without a label; an image without a labelled pixel contributes 0. False by
+        mask_ignored: exclude ignored pixels; an image with ignored pixels alone contributes 0. False by
             default, as published.
 
     Shapes:
@@ -102,7 +102,7 @@ class CWDFeatureLoss(nn.Module):
             another size are resized bilinearly, align_corners=False, before the adapter.
         normaliser: "channel" as above; "spatial" is the softmax over the channels at each position; "channel_mean" the
             squared error between the means of each channel over the positions, without τ.
-        mask_ignored: exclude positions without a label; an image without a labelled position contributes 0. False by
+        mask_ignored: exclude ignored positions; an image with ignored positions alone contributes 0. False by
             default, as published.
 
     Shapes:

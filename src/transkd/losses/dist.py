@@ -34,7 +34,7 @@ class DISTLoss(nn.Module):
         temperature: τ > 0; larger values flatten the distributions. The paper's segmentation code does not use it (1).
         grid: size at which to compare: "teacher", "student" or "labels"; logits of another size are resized bilinearly,
             align_corners=False.
-        mask_ignored: exclude positions whose label, by nearest neighbour, is 255 or negative; not in the paper.
+        mask_ignored: exclude positions whose label, by nearest neighbour, is ignored; not in the paper.
 
     Shapes:
         Logits [B, K, h, w] of both, K ≥ 2, to a scalar, float32 or float64; a target [B, H, W] for grid "labels" or

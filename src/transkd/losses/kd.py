@@ -23,7 +23,7 @@ class KDLoss(nn.Module):
         temperature: τ > 0; larger values flatten the distributions. CIRKD uses 1, classification usually 4.
         grid: size at which to compare: that of the "teacher" logits, the "student" logits or the "labels"; logits of
             another size are resized bilinearly, align_corners=False.
-        mask_ignored: average over the labelled pixels only. False by default, as published.
+        mask_ignored: average over the pixels that are not ignored. False by default, as published.
 
     Shapes:
         Logits [B, K, h, w] of both, K ≥ 2, to a scalar, float32 or float64. A target [B, H, W] is used for

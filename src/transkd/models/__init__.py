@@ -1,6 +1,7 @@
 """Networks: encoders, heads, the Segmenter, the frozen teacher, loading and saving of weights."""
 
 from transkd.models.catalog import SEGMENTERS, Recipe
+from transkd.models.class_map import MappedClasses
 from transkd.models.encoders.lvt import LiteVisionTransformer
 from transkd.models.encoders.mit import MixTransformer
 from transkd.models.encoders.timm_encoder import TimmEncoder
@@ -25,6 +26,7 @@ __all__ = [
     "FrozenTeacher",
     "InheritReport",
     "LiteVisionTransformer",
+    "MappedClasses",
     "MixTransformer",
     "Network",
     "Recipe",

@@ -1,5 +1,6 @@
 """Build the parts of a run from its configuration: networks, criterion, optimization, trainer."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +12,11 @@ from transkd.data import SegmentationDataModule
 from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.metrics import PROTOCOLS, Protocol
-from transkd.models import Network, load_weights
+from transkd.models import MappedClasses, Network, load_weights
+from transkd.models.class_map import read_class_map
 from transkd.models.storage.lineage import check_license_policy
-from transkd.settings import StudentSettings
+from transkd.models.storage.sources import read_weights
+from transkd.settings import StudentSettings, TeacherSettings
 from transkd.training.averaging import StudentAverage
 from transkd.training.device import device_of
 from transkd.training.optimization import Optimization
@@ -31,6 +34,8 @@ __all__ = [
     "build_trainer",
     "enter_protocol",
 ]
+
+log = logging.getLogger(__name__)
 
 
 class Parts(NamedTuple):
@@ -83,10 +88,35 @@ def build_student(cfg: DictConfig, settings: StudentSettings, license_policy: st
     return student
 
 
-def build_teacher(cfg: DictConfig) -> Network | None:
-    """Build the teacher with random weights; None if no term reads it and the student does not start from it."""
-    used = len(cfg.criterion.terms) > 1 or cfg.student.from_teacher
-    return instantiate(cfg.teacher.network) if used else None
+def build_teacher(
+    cfg: DictConfig, settings: TeacherSettings | None = None, classes: Sequence[str] = ()
+) -> Network | None:
+    """Build the teacher with random weights; None if no term reads it and the student does not start from it.
+
+    Args:
+        cfg: the whole configuration; ``teacher.network`` is instantiated.
+        settings: the teacher's settings, with the map of its classes.
+        classes: names of the data's classes, to which they are mapped.
+
+    Raises:
+        UserError: the map of classes is wrong, or there are no trained weights whose classes it could map.
+    """
+    if len(cfg.criterion.terms) == 1 and not cfg.student.from_teacher:
+        return None
+    teacher: Network = instantiate(cfg.teacher.network)
+    if settings is None or settings.class_map is None:
+        return teacher
+    if settings.weights is None:
+        raise UserError(
+            "teacher.class_map maps the classes of trained weights, but there are none: give them with "
+            "teacher.weights=PATH, or set teacher.class_map=null"
+        )
+    theirs = read_weights(settings.weights).card.get("class_names")
+    sources = read_class_map(settings.class_map, classes, theirs, teacher.num_classes)
+    dropped = sorted(set(range(teacher.num_classes)).difference(*sources))
+    names = [theirs[i] if theirs is not None else str(i) for i in dropped]
+    log.info("teacher: its classes are mapped to ours; dropped: %s", ", ".join(names) or "none")
+    return MappedClasses(teacher, sources)
 
 
 def build_criterion(cfg: DictConfig, student: Sequence[int], teacher: Sequence[int]) -> Criterion:

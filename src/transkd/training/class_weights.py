@@ -62,7 +62,7 @@ def fill_class_weights(cfg: DictConfig, data: SegmentationDataModule, folder: Pa
 
 def _kept_counts(cfg: DictConfig, data: SegmentationDataModule, folder: Path, progress: bool) -> ClassCounts:
     dataset = data.dataset("train")
-    path = folder / f"{_fingerprint(cfg, [pair.label for pair in dataset.pairs])}.json"
+    path = folder / f"{_fingerprint(cfg, [pair.label for pair in dataset.pairs if pair.label is not None])}.json"
     if path.is_file():
         return ClassCounts(**json.loads(path.read_text(encoding="utf-8")))
     counts = count_classes(dataset, data.num_workers, progress)

@@ -1,6 +1,7 @@
-"""Checks before anything long begins."""
+"""Checks before anything long begins, of a run and of the command ``check``."""
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,17 @@ from transkd.models import Network
 from transkd.outputs import SegmentationOutput
 from transkd.settings import TrainerSettings
 
-__all__ = ["check_schedules", "planned_steps", "rehearse", "warn_of_padding", "weigh"]
+__all__ = [
+    "check_schedules",
+    "class_problems",
+    "dominating",
+    "planned_steps",
+    "rehearse",
+    "values_on_one_batch",
+    "warn_of_padding",
+    "weigh",
+    "weighted",
+]
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +36,7 @@ def planned_steps(data: SegmentationDataModule, trainer: TrainerSettings) -> int
     """Optimizer steps of a run on one device; None if ``max_epochs`` and ``max_steps`` do not limit it."""
     if trainer.fast_dev_run:
         return int(trainer.fast_dev_run)
-    batches = len(data.dataset("train")) // data.batch_size
+    batches = data.batches()
     limit = trainer.limit_train_batches
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -48,18 +59,34 @@ def check_schedules(criterion: Criterion, data: SegmentationDataModule, trainer:
         criterion.check_schedules(steps, trainer.max_epochs or 0)
 
 
+def class_problems(
+    student: Network, teacher: Network | None, criterion: Criterion, data: SegmentationDataModule
+) -> list[str]:
+    """One line for each network whose classes do not fit the data."""
+    problems = []
+    if student.num_classes != data.num_classes:
+        problems.append(f"{student.name} has {student.num_classes} classes, the data has {data.num_classes}")
+    if teacher is not None and "logits" in criterion.ever_needs and teacher.num_classes != data.num_classes:
+        problems.append(
+            f"a term compares logits, but the teacher {teacher.name} has {teacher.num_classes} classes and the data "
+            f"{data.num_classes}; map its classes with teacher.class_map, or choose terms that read only features or "
+            "embeddings (csf, pea, ea, gl_mixer)"
+        )
+    return problems
+
+
 def rehearse(student: Network, teacher: Network | None, criterion: Criterion, data: SegmentationDataModule) -> None:
     """Run one image through networks and terms, to find networks that do not fit each other, a term or the data.
 
     Raises:
         UserError: classes differ, a network does not accept the image's size, or a term cannot compare the networks.
     """
-    if student.num_classes != data.num_classes:
-        raise UserError(f"{student.name} has {student.num_classes} classes, the data has {data.num_classes}")
-    if teacher is not None and "logits" in criterion.ever_needs and teacher.num_classes != data.num_classes:
+    for problem in class_problems(student, teacher, criterion, data):
+        raise UserError(problem)
+    if getattr(data, "unlabelled", None) is not None and not criterion.ever_needs:
         raise UserError(
-            f"a term compares logits, but the teacher {teacher.name} has {teacher.num_classes} classes and the data "
-            f"{data.num_classes}; choose terms that read only features or embeddings (csf, pea, ea, gl_mixer)"
+            "data.unlabelled gives images without labels, but no term reads the teacher, so nothing is learnt from "
+            "them: add a term such as 'term=[kd]' or 'term=[teacher_labels]', or set data.unlabelled=null"
         )
     warn_of_padding(data)
     data.dataset("val")[0]  # a validation transform that cannot be undone is refused now, not after the first epoch
@@ -88,38 +115,53 @@ def warn_of_padding(data: SegmentationDataModule) -> None:
         )
 
 
-def weigh(student: Network, teacher: nn.Module | None, criterion: Criterion, data: SegmentationDataModule) -> None:
-    """Log each term's weighted value on one batch, and warn if one term dominates the others.
+def values_on_one_batch(
+    student: Network, teacher: nn.Module | None, criterion: Criterion, data: SegmentationDataModule
+) -> dict[str, Tensor]:
+    """Values of the terms on the first training images, at most two, with all networks in eval mode.
 
     Args:
         student: the student with its initial weights.
         teacher: the frozen teacher.
-        criterion: the terms; those with an automatic weight or off at first are left out.
-        data: provides the first training images.
+        criterion: the terms; those that are off at first are left out.
+        data: provides the images.
     """
     dataset = data.dataset("train")
     batch = collate([dataset[i] for i in range(min(2, data.batch_size, len(dataset)))])
     modes = [part.training for part in (student, criterion)]
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.random.fork_rng():
         ours = _shown(student.eval(), batch.image)
         theirs = teacher(batch.image, criterion.needs) if teacher is not None and criterion.needs else None
         values = criterion.eval()(ours, theirs, batch.target.long()).values
     for part, mode in zip((student, criterion), modes, strict=True):
         part.train(mode)
+    return values
+
+
+def weighted(values: Mapping[str, Tensor], criterion: Criterion) -> dict[str, float]:
+    """Weight · value of each term; terms with an automatic weight are left out."""
     fixed = criterion.weights
-    weighted = {name: weight * value.item() for name, value in values.items() if (weight := fixed[name]) is not None}
-    log.info("terms before step 1: %s", ", ".join(f"{name} {value:.3g}" for name, value in weighted.items()))
-    for name, value in weighted.items():
-        others = sum(weighted.values()) - value
-        if len(weighted) > 1 and value > DOMINANT * others > 0:
-            log.warning(
-                "the term %s is %.0f times the sum of all other terms, so it dominates the training: lower "
-                "criterion.terms.%s.weight, set it by its gradient ('auto(0.5)'), or bring the teacher's features "
-                "to the usual scale with teacher.standardise=true",
-                name,
-                value / others,
-                name,
-            )
+    return {name: weight * value.item() for name, value in values.items() if (weight := fixed[name]) is not None}
+
+
+def dominating(shares: Mapping[str, float]) -> list[str]:
+    """One line for each term whose weighted value dominates the sum of all others."""
+    return [
+        f"the term {name} is {value / others:.0f} times the sum of all other terms, so it dominates the training: "
+        f"lower criterion.terms.{name}.weight, set it by its gradient ('auto(0.5)'), or bring the teacher's features "
+        "to the usual scale with teacher.standardise=true"
+        for name, value in shares.items()
+        if len(shares) > 1 and value > DOMINANT * (others := sum(shares.values()) - value) > 0
+    ]
+
+
+def weigh(student: Network, teacher: nn.Module | None, criterion: Criterion, data: SegmentationDataModule) -> None:
+    """Log each term's weighted value on one batch, and warn if one term dominates the others."""
+    with torch.no_grad():
+        shares = weighted(values_on_one_batch(student, teacher, criterion, data), criterion)
+    log.info("terms before step 1: %s", ", ".join(f"{name} {value:.3g}" for name, value in shares.items()))
+    for warning in dominating(shares):
+        log.warning(warning)
 
 
 def _shown(network: Network, image: Tensor) -> SegmentationOutput:

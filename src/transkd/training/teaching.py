@@ -11,7 +11,8 @@ from transkd.data import SegmentationDataModule
 from transkd.errors import UserError
 from transkd.files import sha256
 from transkd.metrics import Scores
-from transkd.models import Network, load_weights
+from transkd.models import MappedClasses, Network, load_weights
+from transkd.models.class_map import unmapped
 from transkd.models.storage.lineage import check_license_policy
 from transkd.settings import TeacherSettings
 
@@ -44,9 +45,10 @@ def kept_teacher(settings: TeacherSettings, experiment: str, name: str, recipe: 
 
 def load_teacher(network: Network, source: str | Path, license: str | None, license_policy: str) -> dict[str, Any]:
     """Load the teacher's weights; return their description for checkpoints and results."""
-    load_weights(network, source, license=license)
+    load_weights(unmapped(network), source, license=license)
     check_license_policy(network.lineage, license_policy, f"the teacher {network.name}")
-    return {"teacher_weights": str(source), "teacher_sha256": sha256(source), "teacher_name": network.name}
+    about = {"teacher_weights": str(source), "teacher_sha256": sha256(source), "teacher_name": network.name}
+    return {**about, "teacher_classes": network.sources} if isinstance(network, MappedClasses) else about
 
 
 def can_be_scored(network: Network, data: SegmentationDataModule) -> bool:
@@ -57,8 +59,8 @@ def can_be_scored(network: Network, data: SegmentationDataModule) -> bool:
     return False
 
 
-def check_scores(scores: Scores, protocol: str, min_miou: float) -> None:
-    """Log the teacher's score.
+def check_scores(scores: Scores, protocol: str, min_miou: float, where: str = "the validation split") -> None:
+    """Log the teacher's score on the validation split or a part of it.
 
     Raises:
         UserError: the mIoU is below ``teacher.min_miou`` or NaN.
@@ -66,7 +68,7 @@ def check_scores(scores: Scores, protocol: str, min_miou: float) -> None:
     log.info("teacher: mIoU %.2f %% (%s)", 100 * scores.miou, protocol)
     if not scores.miou >= min_miou:  # also true for NaN
         raise UserError(
-            f"the teacher reaches only mIoU {scores.miou:.3f} on the validation split, below "
+            f"the teacher reaches only mIoU {scores.miou:.3f} on {where}, below "
             f"teacher.min_miou={min_miou}: wrong weights, classes or normalisation? "
             "Lower teacher.min_miou if that is intended"
         )

@@ -9,7 +9,7 @@ from transkd.errors import UserError
 from transkd.layers.upsampling import upsampled
 from transkd.losses.shared.checks import check_needs, name_of, require_target
 from transkd.losses.shared.distances import widen
-from transkd.outputs import IGNORE, SegmentationOutput
+from transkd.outputs import IGNORE, UNLABELLED, SegmentationOutput
 
 __all__ = [
     "GRIDS",
@@ -80,12 +80,15 @@ def labels_on_grid(target: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]
 
 
 def valid_on_grid(term: object, target: Tensor | None, maps: Tensor) -> Tensor:
-    """Mask of the positions of maps [B, C, h, w] that have a label, bool [B, h, w].
+    """Mask of the positions of maps [B, C, h, w] that are not ignored, bool [B, h, w].
+
+    These are the positions with a label, and all positions of an image without labels (``transkd.outputs.UNLABELLED``).
 
     Raises:
         UserError: target is None.
     """
-    return labels_on_grid(require_target(term, target), maps.shape[-2:])[1]
+    labels = nearest(require_target(term, target), maps.shape[-2:])
+    return ((labels != IGNORE) & (labels >= 0)) | (labels == UNLABELLED)
 
 
 def class_members(labels: Tensor, valid: Tensor, num_classes: int) -> Tensor:

@@ -23,7 +23,7 @@ from transkd.models.inherit.report import InheritReport, compare
 from transkd.models.inherit.selecting import start_from_subset
 from transkd.models.network import Network
 
-__all__ = ["METHODS", "inherit"]
+__all__ = ["METHODS", "allowed_method", "inherit"]
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def inherit(
     if how not in METHODS:
         raise UserError(f"unknown way to inherit {how!r}; there are: {', '.join(METHODS)}")
     check_finite(teacher)
-    how = _best(teacher, student, images) if how == "best" else how
+    how = allowed_method(teacher, student, how, images is not None) if how == "best" else how
     return _start(teacher, student, images, how, Solving(ridge, torch.Generator().manual_seed(seed)), mirror, progress)
 
 
@@ -119,16 +119,30 @@ def _frozen(network: Network) -> Network:
     return copy.deepcopy(network).eval().float()
 
 
-def _best(teacher: Network, student: Network, images: Images | None) -> str:
-    """The first method that the networks allow; solving needs images."""
-    attempts: list[tuple[str, Callable[[], object]]] = [
-        ("copy", lambda: start_from_teacher(copy.deepcopy(student), teacher)),
-        ("select", lambda: start_from_subset(copy.deepcopy(student), teacher)),
-    ]
-    if images is not None:
-        attempts.insert(0, ("solve", lambda: check_pair(teacher, student)))
+def allowed_method(teacher: Network, student: Network, how: str, solvable: bool = True) -> str:
+    """The method that ``inherit`` uses; with "best" the first that the networks allow. Neither network is changed.
+
+    Args:
+        teacher: its weights do not matter.
+        student: is not changed.
+        how: as in ``inherit``.
+        solvable: whether "solve" is among the choices of "best"; it needs images.
+
+    Raises:
+        UserError: the networks do not allow it.
+    """
+    attempts: dict[str, Callable[[], object]] = {
+        "solve": lambda: check_pair(teacher, student),
+        "copy": lambda: start_from_teacher(copy.deepcopy(student), teacher),
+        "select": lambda: start_from_subset(copy.deepcopy(student), teacher),
+    }
+    if how != "best":
+        attempts[how]()
+        return how
     reasons = []
-    for how, attempt in attempts:
+    for how, attempt in attempts.items():
+        if how == "solve" and not solvable:
+            continue
         try:
             attempt()
         except UserError as error:

@@ -17,11 +17,12 @@ from transkd.models.storage.formats import looks_like
 from transkd.models.storage.lineage import describe_lineage, merge_lineage
 from transkd.models.storage.sources import NVIDIA_NAMING, Weights, read_weights
 
-__all__ = ["load_weights"]
+__all__ = ["CLASSIFIERS", "load_weights"]
 
 log = logging.getLogger(__name__)
 
 CLASSIFIERS = ("head.linear_pred.", "head.classifier.")
+"""Beginnings of the names of classifiers' parameters in our networks."""
 
 
 def load_weights(
