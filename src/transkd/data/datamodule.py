@@ -9,7 +9,9 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from transkd.data.classes import CLASS_SETS, ClassSet
-from transkd.data.dataset import Batch, Pair, PlacedBatch, SegmentationDataset
+from transkd.data.dataset import Batch, PlacedBatch, SegmentationDataset
+from transkd.data.labels import LabelFormat
+from transkd.data.listing import Pair
 from transkd.errors import UserError
 from transkd.metrics import PROTOCOLS
 
@@ -66,6 +68,7 @@ class SegmentationDataModule(L.LightningDataModule):
         protocol: evaluation protocol (``transkd.metrics.PROTOCOLS``).
         seed: seed of shuffling and augmentation.
         void: label values to ignore in addition to 255.
+        label: how label files are read: maps of ids, colours, orientation.
         prepare: called as ``prepare(root=…)`` once before the data set is read; generates the demo's data.
         conditions: names of folders in the images' paths, such as fog; scores are given for each of them too.
     """
@@ -86,6 +89,7 @@ class SegmentationDataModule(L.LightningDataModule):
         void: Sequence[int] = (),
         prepare: Callable[..., Any] | None = None,
         conditions: Sequence[str] = (),
+        label: LabelFormat | None = None,
     ) -> None:
         super().__init__()
         if isinstance(classes, str):
@@ -97,6 +101,7 @@ class SegmentationDataModule(L.LightningDataModule):
         if protocol not in PROTOCOLS:
             raise UserError(f"unknown protocol {protocol!r}; available: {', '.join(PROTOCOLS)}")
         self.find, self.root, self.void, self.prepare = find, root, void, prepare
+        self.label = label
         self.classes, self.num_classes = classes, num_classes
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.train_transform, self.eval_transform = train_transform, eval_transform
@@ -120,6 +125,7 @@ class SegmentationDataModule(L.LightningDataModule):
                 transform=self.train_transform if train else self.eval_transform,
                 transform_labels=train or PROTOCOLS[self.protocol].transform_labels,
                 ignore_padding=not train,
+                label=self.label,
             )
         return self._splits[split]
 
@@ -127,14 +133,23 @@ class SegmentationDataModule(L.LightningDataModule):
         """Return the loader of the shuffled, augmented training split; an incomplete last batch is dropped."""
         dataset = self.dataset("train")
         world_size, rank = self._world_size_and_rank()
-        if len(dataset) < self.batch_size * world_size:
-            raise UserError(
-                f"data.batch_size={self.batch_size} on {world_size} device(s) is more than the "
-                f"{len(dataset)} training images; lower it"
-            )
+        self.check_batch_size(world_size)
         sampler = SeededSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed, drop_last=True)
         sampler.set_epoch(self._next_epoch)  # Lightning sets it too, but after workers have prefetched
         return self._loader(dataset, self.batch_size, sampler, drop_last=True)
+
+    def check_batch_size(self, world_size: int = 1) -> None:
+        """Check that there are enough training images for a step.
+
+        Raises:
+            UserError: there are fewer than a batch on each device.
+        """
+        images = len(self.dataset("train"))
+        if images < self.batch_size * world_size:
+            raise UserError(
+                f"data.batch_size={self.batch_size} on {world_size} device(s) is more than the "
+                f"{images} training images; lower it"
+            )
 
     def val_dataloader(self) -> DataLoader[Batch | PlacedBatch]:
         """Return the loader of the validation split: every image exactly once over all devices, without padding."""

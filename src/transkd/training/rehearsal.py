@@ -52,7 +52,8 @@ def rehearse(student: Network, teacher: Network | None, criterion: Criterion, da
     """Run one image through networks and terms, to find networks that do not fit each other, a term or the data.
 
     Raises:
-        UserError: classes differ, a network does not accept the image's size, or a term cannot compare the networks.
+        UserError: the data is not as its settings say, classes differ, a network does not accept the image's size, or a
+            term cannot compare the networks.
     """
     if student.num_classes != data.num_classes:
         raise UserError(f"{student.name} has {student.num_classes} classes, the data has {data.num_classes}")
@@ -61,8 +62,10 @@ def rehearse(student: Network, teacher: Network | None, criterion: Criterion, da
             f"a term compares logits, but the teacher {teacher.name} has {teacher.num_classes} classes and the data "
             f"{data.num_classes}; choose terms that read only features or embeddings (csf, pea, ea, gl_mixer)"
         )
+    data.check_batch_size()
+    for split in ("train", "val"):  # a validation transform that cannot be undone is refused now, not after an epoch
+        data.dataset(split).check()
     warn_of_padding(data)
-    data.dataset("val")[0]  # a validation transform that cannot be undone is refused now, not after the first epoch
     image, target, *_ = collate([data.dataset("train")[0]])
     parts = [part for part in (student, teacher, criterion) if part is not None]
     modes = [part.training for part in parts]
