@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -246,6 +248,31 @@ def test_predict(call, trained, frames, tmp_path, pattern, names):
             assert ids.shape == size
             assert ids.max() < 19
             assert np.asarray(Image.open(tmp_path / "out" / "overlay" / f"{name}.png")).shape == (*size, 3)
+
+
+def test_predict_turns_a_photograph_upright(call, trained, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((40, 56, 3), np.uint8)).save(tmp_path / "photo.jpg", exif=exif)
+    weights = trained / "run" / "student.safetensors"
+    assert call(predict, f"weights={weights}", f"input={tmp_path / 'photo.jpg'}", "output=out") is None
+    assert Image.open(tmp_path / "out" / "ids" / "photo.png").size == (40, 56)
+
+
+def test_predict_writes_the_archive_of_a_test_server(call, trained, frames, tmp_path):
+    weights = f"weights={trained / 'run' / 'student.safetensors'}"
+    message = call(predict, weights, f"input={frames}", "archive=cityscapes", "output=out")
+    assert "a.png is not named as in the data set" in message
+    assert not (tmp_path / "out").exists()
+    (frames / "a.png").rename(tmp_path / "ulm_000000_000019_leftImg8bit.png")
+    assert call(predict, weights, f"input={tmp_path}/ulm*", "archive=cityscapes", "output=out") is None
+    with zipfile.ZipFile(tmp_path / "out" / "cityscapes.zip") as archive:
+        (name,) = archive.namelist()
+        submitted = np.asarray(Image.open(BytesIO(archive.read(name))))
+    assert name == "ulm_000000_000019_pred_labelIds.png"
+    ids = np.asarray(Image.open(tmp_path / "out" / "ids" / "ulm_000000_000019_leftImg8bit.png"))
+    official = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    assert np.array_equal(submitted, np.array(official)[ids])
 
 
 def test_predict_names_a_truncated_image_and_segments_the_others(call, trained, frames, tmp_path):

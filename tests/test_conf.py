@@ -25,6 +25,7 @@ OPTIONS = sorted(
 )
 # options that ask for what the user alone can know, and for which value of the network
 OPEN_ENDED = {"timm": "name", "module": "module"}
+OWN = ("data=folder", "data=coco", "data=yolo")  # options that ask for classes
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
 
 
@@ -35,6 +36,8 @@ def composed(tmp_path):
     def composed(*overrides, config="train"):
         given = [f"run_dir={tmp_path}", f"data.root={tmp_path / 'data'}", "teacher.weights=teacher.safetensors"]
         given += ["weights=student.safetensors"] if config == "evaluate" else []
+        if any(option in overrides for option in OWN):
+            given += ["data.classes.names=[road,car]", "data.num_classes=2"]
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose(config, [*given, *overrides])
 

@@ -202,6 +202,7 @@ class PredictSettings(ProcessSettings):
     output: Text = "predictions"
     resize: bool = True
     opacity: Share = 0.5
+    archive: Literal["cityscapes", "acdc"] | None = None
     device: str = "auto"
 
 

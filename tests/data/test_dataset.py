@@ -2,6 +2,7 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from albumentations.pytorch import ToTensorV2
 from PIL import Image
 
 from transkd.data import CAMVID, Pair, SegmentationDataset, pair_by_name
@@ -17,8 +18,8 @@ IDS = RNG.integers(0, 11, (24, 32), dtype=np.uint8)
 def write(tmp_path):
     """Write an image and a label, give the data set of the two."""
 
-    def write(image=PIXELS, label=IDS, suffix=".png", **settings):
-        pair = Pair(tmp_path / f"image{suffix}", tmp_path / "label.png")
+    def write(image=PIXELS, label=IDS, suffix=".png", label_suffix=".png", **settings):
+        pair = Pair(tmp_path / f"image{suffix}", tmp_path / f"label{label_suffix}")
         for path, content in zip(pair, (image, label), strict=True):
             (content if isinstance(content, Image.Image) else Image.fromarray(content)).save(path)
         return SegmentationDataset([pair], CAMVID, **settings)
@@ -107,13 +108,19 @@ def test_values_outside_the_classes_are_listed(write):
 
 
 @pytest.mark.parametrize(
-    "label",
-    [PIXELS, np.dstack([PIXELS, PIXELS[..., :1]]), IDS.astype(np.uint16), IDS > 3],
-    ids=["RGB", "RGBA", "16 bits", "1 bit"],
+    ("label", "message"),
+    [
+        (PIXELS, "a label must be a single-channel image of class ids, got RGB with the colours"),
+        (np.dstack([PIXELS, PIXELS[..., :1]]), "is partly transparent"),
+        (IDS.astype(np.uint16) + 300, "label values .* are outside the 11 classes"),
+        (Image.fromarray(PIXELS).convert("CMYK"), "is a CMYK image; a label must be of class ids"),
+        (IDS.astype(np.float32), "is a F image; a label must be of class ids"),
+    ],
+    ids=["RGB", "RGBA", "16 bits", "CMYK", "float"],
 )
-def test_a_label_must_be_single_channel_bytes(write, label):
-    dataset = write(label=label)
-    message = refused(dataset, "a label must be a single-channel 8-bit image of class ids, got")
+def test_a_label_must_have_class_ids(write, label, message):
+    dataset = write(label=label, label_suffix=".tif")
+    message = refused(dataset, message)
     assert str(dataset.pairs[0].label) in message
 
 
@@ -211,3 +218,26 @@ def test_the_seed_in_the_key_repeats_an_augmentation(write):
     assert torch.equal(first.image, again.image)
     assert torch.equal(first.target, again.target)
     assert not torch.equal(first.image, other.image)
+
+
+# Transforms that do what the networks do
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (
+            A.Normalize(),
+            "gives the image values of type float32: expected a uint8 array of shape \\[H, W, 3\\]; leave out",
+        ),
+        (A.ToFloat(), "gives the image values of type float32"),
+        (ToTensorV2(), "gives the image a torch Tensor"),
+        (A.Lambda(mask=lambda mask, **_: mask.astype(np.int64)), r"gives the label values of type int64: .*\[H, W\]"),
+        (A.Lambda(image=lambda image, **_: image[..., :1]), r"gives the image the shape \[24, 32, 1\]"),
+    ],
+)
+def test_a_transform_must_leave_bytes(write, transform, message):
+    dataset = write(transform=A.Compose([transform]))
+    assert "\n" not in refused(dataset, message)
+    with pytest.raises(UserError, match=message):
+        dataset.check()

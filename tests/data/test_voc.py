@@ -49,7 +49,7 @@ def test_what_is_missing_is_named(root, tmp_path):
     with pytest.raises(UserError, match=r"image without a label: .*2008_000004.jpg"):
         find_voc(root, "train")
     (root / "JPEGImages" / "2008_000004.jpg").unlink()
-    with pytest.raises(UserError, match=r"lists 2 names; neither image nor label exists for 2008_000004"):
+    with pytest.raises(UserError, match=r"lists 2 names; neither image nor label exists for 1 of them, 2008_000004"):
         find_voc(root, "train")
     (root / "ImageSets" / "Segmentation" / "trainaug.txt").unlink()
     with pytest.raises(UserError, match=r"expected ImageSets/Segmentation/trainaug.txt.*data.find.augmented=false"):

@@ -7,12 +7,14 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from albumentations.pytorch import ToTensorV2
 from torch import nn
 
-from transkd.data import Batch
+from transkd.data import Batch, SegmentationDataModule, find_camvid
+from transkd.errors import UserError
 from transkd.losses import Criterion, TaskCrossEntropy
 from transkd.models import create_segmenter
-from transkd.training.rehearsal import warn_of_padding, weigh
+from transkd.training.rehearsal import rehearse, warn_of_padding, weigh
 
 
 class Constant(nn.Module):
@@ -86,3 +88,25 @@ def test_padding_that_is_labelled_as_a_class_is_warned_of(fill, said, caplog):
     warn_of_padding(Padded())
     assert ("fill_mask: 255" in caplog.text) == said
     assert f"as {'car' if fill else 'road'}, class" in caplog.text or not said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5}, r"data\.batch_size=5 on 1 device\(s\) is more than the 4 training images; lower it"),
+        (
+            {"eval_transform": A.Compose([A.Normalize()])},
+            r"gives the image values of type float32.*leave out Normalize",
+        ),
+        ({"train_transform": A.Compose([ToTensorV2()])}, r"gives the image a torch Tensor"),
+        ({"void": []}, r"label values \[11\] are outside the 11 classes"),
+    ],
+)
+def test_wrong_data_is_refused_before_anything_long(camvid_root, changes, message):
+    encoder = {"channels": [8, 16, 40, 64], "depths": [1, 1, 1, 1]}
+    network = create_segmenter("segformer_b0", 11, width=16, encoder=encoder)
+    settings = {"find": find_camvid, "root": str(camvid_root), "classes": "camvid", "num_classes": 11, "void": [11]}
+    data = SegmentationDataModule(**{**settings, "batch_size": 2, **changes})
+    task = Criterion({"task": {"term": TaskCrossEntropy(), "weight": 1.0}})
+    with pytest.raises(UserError, match=message):
+        rehearse(network, None, task, data)

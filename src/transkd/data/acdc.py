@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from transkd.data.dataset import Pair, pair_by_name
+from transkd.data.listing import Pair, elsewhere, pair_by_name
 from transkd.errors import UserError
 
 __all__ = ["CONDITIONS", "find_acdc"]
@@ -41,5 +41,6 @@ def find_acdc(root: str | Path, split: str, conditions: Sequence[str] = CONDITIO
         raise UserError(
             f"no ACDC images under data.root={root}: expected {LAYOUT}. "
             "Get the data set from acdc.vision.ee.ethz.ch, or try +experiment=demo, which generates its data"
+            + elsewhere(root, "rgb_anon", "gt")
         )
     return pair_by_name(images, labels)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transkd.data.dataset import Pair, is_image, pair_by_name
+from transkd.data.listing import Pair, by_stem, elsewhere, pair_by_name
 from transkd.errors import UserError
 
 __all__ = ["VOID", "find_camvid"]
@@ -11,7 +11,7 @@ VOID = 11
 
 
 def find_camvid(root: str | Path, split: str) -> list[Pair]:
-    """Find images ``<split>/<name>.png|.jpg`` and labels ``<split>annot/<name>.png``.
+    """Find images ``<split>/<name>.png`` (or another format) and labels ``<split>annot/<name>.png`` likewise.
 
     Args:
         root: folder that holds ``train/``, ``trainannot/``, ``val/``, ``valannot/``.
@@ -21,14 +21,11 @@ def find_camvid(root: str | Path, split: str) -> list[Pair]:
         UserError: the folder does not have that layout, or an image or label has no counterpart.
     """
     root = Path(root)
-    images: dict[str, Path] = {}
-    for path in (root / split).glob("*"):
-        if is_image(path) and images.setdefault(path.stem, path) != path:
-            raise UserError(f"two images have the same name, {images[path.stem]} and {path}; remove one")
-    labels = {path.stem: path for path in (root / f"{split}annot").glob("*.png")}
+    images, labels = (by_stem((root / folder).glob("*")) for folder in (split, f"{split}annot"))
     if not images and not labels:
         raise UserError(
             f"no CamVid images under data.root={root}: expected {split}/<name>.png (or .jpg) beside "
             f"{split}annot/<name>.png. Without the data set, try +experiment=demo, which generates its data"
+            + elsewhere(root, split, f"{split}annot")
         )
     return pair_by_name(images, labels)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transkd.data.dataset import Pair, pair_by_name
+from transkd.data.listing import Pair, elsewhere, pair_by_name
 from transkd.errors import UserError
 
 __all__ = ["find_cityscapes"]
@@ -42,5 +42,6 @@ def find_cityscapes(root: str | Path, split: str) -> list[Pair]:
         raise UserError(
             f"no Cityscapes images under data.root={root}: expected {LAYOUT}. "
             "Get the data set from cityscapes-dataset.com, or try +experiment=demo, which generates its data"
+            + elsewhere(root, "leftImg8bit", "gtFine")
         )
     return pair_by_name(images, labels)

@@ -9,7 +9,9 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from transkd.data.classes import CLASS_SETS, ClassSet
-from transkd.data.dataset import UNLABELLED_BYTE, Batch, Pair, PlacedBatch, SegmentationDataset
+from transkd.data.dataset import UNLABELLED_BYTE, Batch, PlacedBatch, SegmentationDataset
+from transkd.data.labels import LabelFormat
+from transkd.data.listing import Pair
 from transkd.data.unlabelled import MixedSampler, find_unlabelled, images_per_batch, take_labelled
 from transkd.errors import UserError
 from transkd.metrics import PROTOCOLS
@@ -71,6 +73,7 @@ class SegmentationDataModule(L.LightningDataModule):
         labelled: share of the labelled training images to use, chosen by the seed.
         unlabelled: training images without labels: a folder or a glob.
         unlabelled_share: share of each batch that they take.
+        label: how label files are read: maps of ids, colours, orientation.
         prepare: called as ``prepare(root=…)`` once before the data set is read; generates the demo's data.
         conditions: names of folders in the images' paths, such as fog; scores are given for each of them too.
     """
@@ -94,6 +97,7 @@ class SegmentationDataModule(L.LightningDataModule):
         unlabelled_share: float = 0.5,
         prepare: Callable[..., Any] | None = None,
         conditions: Sequence[str] = (),
+        label: LabelFormat | None = None,
     ) -> None:
         super().__init__()
         if isinstance(classes, str):
@@ -105,6 +109,7 @@ class SegmentationDataModule(L.LightningDataModule):
         if protocol not in PROTOCOLS:
             raise UserError(f"unknown protocol {protocol!r}; available: {', '.join(PROTOCOLS)}")
         self.find, self.root, self.void, self.prepare = find, root, void, prepare
+        self.label = label
         self.classes, self.num_classes = classes, num_classes
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.train_transform, self.eval_transform = train_transform, eval_transform
@@ -142,6 +147,7 @@ class SegmentationDataModule(L.LightningDataModule):
             transform=self.train_transform if train else self.eval_transform,
             transform_labels=train or PROTOCOLS[self.protocol].transform_labels,
             ignore_padding=not train,
+            label=self.label,
         )
         return self._splits[split]
 
@@ -149,12 +155,7 @@ class SegmentationDataModule(L.LightningDataModule):
         """Return the loader of the shuffled, augmented training split; an incomplete last batch is dropped."""
         dataset = self.dataset("train")
         world_size, rank = self._world_size_and_rank()
-        if not self.batches(world_size):
-            some = "" if self.unlabelled is None else f", {self.per_batch[0]} of them labelled,"
-            raise UserError(
-                f"data.batch_size={self.batch_size}{some} on {world_size} device(s) is more than the "
-                f"{dataset.labelled} training images{some and ' with labels'}; lower it"
-            )
+        self.check_batch_size(world_size)
         labelled: Any = range(dataset.labelled)
         sampler: Any = SeededSampler(labelled, num_replicas=world_size, rank=rank, seed=self.seed, drop_last=True)
         if self.unlabelled is not None:
@@ -165,6 +166,19 @@ class SegmentationDataModule(L.LightningDataModule):
     def batches(self, world_size: int = 1) -> int:
         """Number of training batches of each device in an epoch, a pass over the labelled images."""
         return self.dataset("train").labelled // world_size // self.per_batch[0]
+
+    def check_batch_size(self, world_size: int = 1) -> None:
+        """Check that there are enough training images for a step.
+
+        Raises:
+            UserError: there are fewer than a batch on each device.
+        """
+        if not self.batches(world_size):
+            some = "" if self.unlabelled is None else f", {self.per_batch[0]} of them labelled,"
+            raise UserError(
+                f"data.batch_size={self.batch_size}{some} on {world_size} device(s) is more than the "
+                f"{self.dataset('train').labelled} training images{some and ' with labels'}; lower it"
+            )
 
     def val_dataloader(self) -> DataLoader[Batch | PlacedBatch]:
         """Return the loader of the validation split: every image exactly once over all devices, without padding."""

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from transkd.data.transformed import check_image
 from transkd.errors import UserError
 from transkd.outputs import IGNORE
 
@@ -52,11 +53,12 @@ class ImageTransform:
             turns; None if the whole image became the whole result, so that resizing undoes it.
 
         Raises:
-            UserError: pixels of the image are lost, or it is distorted.
+            UserError: pixels of the image are lost, it is distorted, or the result is no image of bytes.
         """
         size = image.shape[:2]
         coordinates = np.indices(size).transpose(1, 2, 0).astype(np.float64) + START
         transformed = self.transform(image=image, mask=coordinates)
+        check_image(transformed["image"])
         return transformed["image"], _place(transformed["mask"] - START, size)
 
 

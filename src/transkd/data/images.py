@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transkd.data.dataset import IMAGE_SUFFIXES, is_image
+from transkd.data.listing import IMAGE_SUFFIXES, find_files, is_image
 from transkd.errors import UserError
 
 __all__ = ["find_images"]
@@ -18,13 +18,13 @@ def find_images(pattern: str) -> tuple[Path, list[Path]]:
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
-        base, found = path, path.rglob("*")
+        base, found = path, find_files(path)
     else:
         base = path.parent
         while "*" in str(base):
             base = base.parent
-        found = base.glob(str(path.relative_to(base)))
-    images = sorted(file for file in found if is_image(file))
+        found = sorted(base.glob(str(path.relative_to(base))))
+    images = [file for file in found if is_image(file) and not _hidden(file.relative_to(base))]
     if not images:
         raise UserError(
             f"no images for input={pattern}: expected an image, a folder or a glob such as 'frames/*.png' "
@@ -36,3 +36,7 @@ def find_images(pattern: str) -> tuple[Path, list[Path]]:
         if twin is not image:
             raise UserError(f"{twin} and {image} would write the same output; rename one")
     return base, images
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

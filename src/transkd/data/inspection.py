@@ -18,7 +18,9 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from transkd.data.datamodule import SegmentationDataModule
-from transkd.data.dataset import SegmentationDataset, UnpairedError, check_sizes, read_image
+from transkd.data.dataset import SegmentationDataset
+from transkd.data.listing import UnpairedError
+from transkd.data.reading import read_oriented
 from transkd.errors import UserError
 
 __all__ = ["Inspection", "absent_classes", "check_intact", "duplicates", "inspect_split", "open_split"]
@@ -128,25 +130,26 @@ def examine(dataset: SegmentationDataset, index: int) -> Examined:
     """Read a pair as the training does, each file whatever the other is like, and check that both are intact."""
     pair = dataset.pairs[index]
     problems: list[str] = []
-    image = label = None
+    image = label = size = None
+    orientation = 1
     try:
         check_intact(pair.image)
-        image = read_image(pair.image)
+        image, orientation = read_oriented(pair.image)
+        size = image.shape[0], image.shape[1]
     except UserError as error:
         problems.append(str(error))
     try:
-        if pair.label is not None:
+        if pair.label is not None and pair.label.suffix.lower() != ".txt":
             check_intact(pair.label)
-            label = dataset.read_label(pair.label)
-            if image is not None:
-                check_sizes(pair, image, label)
+        if pair.label is not None:
+            label = dataset.label_reader.read(pair.label, size, orientation, pair.image)
     except UserError as error:
         problems.append(str(error))
     classes = len(dataset.classes.names)
     return Examined(
         index,
         problems,
-        None if image is None else (image.shape[0], image.shape[1]),
+        size,
         "" if image is None else hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest(),
         None if label is None else np.bincount(label.ravel(), minlength=classes)[:classes],
     )

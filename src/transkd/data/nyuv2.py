@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from transkd.data.dataset import Pair, is_image
+from transkd.data.listing import Pair, by_stem, elsewhere, named
 from transkd.errors import UserError
 from transkd.outputs import IGNORE
 
@@ -45,24 +45,18 @@ def find_nyuv2(root: str | Path, split: str) -> list[Pair]:
     root = Path(root)
     index = root / f"{split}.txt"
     if not index.is_file():
-        raise UserError(f"no NYUv2 split {split}.txt under data.root={root}: expected {LAYOUT}")
-    ids = index.read_text(encoding="utf-8").split()
-    images = _images_by_id(root / "images")
+        raise UserError(
+            f"no NYUv2 split {split}.txt under data.root={root}: expected {LAYOUT}{elsewhere(root, index.name)}"
+        )
+    ids = named(index.read_text(encoding="utf-8")).split()
+    images, labels = (by_stem((root / folder).glob("*")) for folder in ("images", "labels"))
     missing = [f"images/{i}.png" for i in ids if i not in images]
-    missing += [f"labels/{i}.png" for i in ids if not (root / "labels" / f"{i}.png").is_file()]
+    missing += [f"labels/{i}.png" for i in ids if i not in labels]
     if missing or not ids:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         absent = f"; missing are {', '.join(missing[:3])}{more}" if missing else ""
         raise UserError(f"{index} lists {len(ids)} ids{absent}: expected {LAYOUT}")
-    return [Pair(images[i], root / "labels" / f"{i}.png") for i in ids]
-
-
-def _images_by_id(folder: Path) -> dict[str, Path]:
-    images: dict[str, Path] = {}
-    for path in sorted(folder.glob("*")):
-        if is_image(path) and images.setdefault(path.stem, path) != path:
-            raise UserError(f"two images have the same name, {images[path.stem]} and {path}; remove one")
-    return images
+    return [Pair(images[i], labels[i]) for i in ids]
 
 
 def prepare_nyuv2(root: str | Path) -> None:

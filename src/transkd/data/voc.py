@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transkd.data.dataset import Pair, pair_by_name
+from transkd.data.listing import Pair, elsewhere, pair_by_name
 from transkd.errors import UserError
 
 __all__ = ["find_voc"]
@@ -28,6 +28,7 @@ def find_voc(root: str | Path, split: str, augmented: bool = True) -> list[Pair]
         raise UserError(
             f"no Pascal VOC under data.root={root}: expected ImageSets/Segmentation/{listed}.txt beside JPEGImages/ "
             f"and {folder}/. Get the data set from host.robots.ox.ac.uk/pascal/VOC/voc2012"
+            + elsewhere(root, "ImageSets/Segmentation", "JPEGImages")
             + ("; without the augmented labels of SBD set data.find.augmented=false" if listed == "trainaug" else "")
         )
     names = index.read_text(encoding="utf-8").split()
@@ -36,7 +37,7 @@ def find_voc(root: str | Path, split: str, augmented: bool = True) -> list[Pair]
     missing = [name for name in names if name not in images and name not in labels]
     if missing or not names:
         raise UserError(
-            f"{index} lists {len(names)} names; neither image nor label exists for "
-            f"{', '.join(missing[:3]) or 'any'}: expected JPEGImages/<name>.jpg and {folder}/<name>.png"
+            f"{index} lists {len(names)} names; neither image nor label exists for {len(missing)} of "
+            f"them, {', '.join(missing[:3]) or 'none'}: expected JPEGImages/<name>.jpg and {folder}/<name>.png"
         )
     return pair_by_name(images, labels)

@@ -9,6 +9,7 @@ from rich.progress import track
 from transkd.data.dataset import read_image
 from transkd.data.geometry import ImageTransform
 from transkd.data.images import find_images
+from transkd.deploy.archives import check_archive, write_archive
 from transkd.errors import UserError
 from transkd.models import Segmenter, load_segmenter
 from transkd.pictures import Pixels, colourise, overlay, palette_of, save_image
@@ -34,12 +35,15 @@ def predict(settings: PredictSettings) -> None:
     """
     base, images = find_images(settings.input)
     network, card = load_segmenter(settings.weights)
+    if settings.archive is not None:
+        check_archive(settings.archive, network.num_classes, images)
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(accelerator if settings.device == "auto" else settings.device).eval()
     palette, transform = palette_of(card), None
     if settings.resize and card.get("eval_transform"):
         transform = ImageTransform(from_dict(card["eval_transform"]))
     output, failed = Path(settings.output), []
+    done: dict[Path, Path] = {}  # class ids of each image
     for path in track(images, description="predicting"):
         try:
             image = read_image(path)
@@ -51,6 +55,9 @@ def predict(settings: PredictSettings) -> None:
         pictures = {"ids": ids, "colour": colours, "overlay": overlay(image, colours, settings.opacity)}
         for folder, pixels in pictures.items():
             save_image(pixels, output / folder / path.relative_to(base).with_suffix(".png"))
+        done[path] = output / "ids" / path.relative_to(base).with_suffix(".png")
     print(f"{len(images) - len(failed)} of {len(images)} images segmented into {output}/{{ids,colour,overlay}}")
+    if settings.archive is not None:
+        print(write_archive(settings.archive, done, output / f"{settings.archive}.zip"))
     if failed:
         raise UserError("; ".join(failed))

@@ -165,5 +165,12 @@ def precision(cfg: DictConfig, trains: bool = True) -> str | int:
 
 
 def plain(*parts: DictConfig) -> list[Any]:
-    """Convert configuration to plain Python values with interpolations resolved."""
-    return [OmegaConf.to_container(part, resolve=True) for part in parts]
+    """Convert configuration to plain Python values with interpolations resolved and text as keys."""
+    return [_with_text_keys(OmegaConf.to_container(part, resolve=True)) for part in parts]
+
+
+def _with_text_keys(value: Any) -> Any:
+    """A map of label values may have numbers and text as keys, which cannot be sorted."""
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(part) for key, part in value.items()}
+    return [_with_text_keys(part) for part in value] if isinstance(value, list) else value

@@ -36,5 +36,6 @@ def evaluate(cfg: DictConfig) -> None:
             "choose the experiment that it was trained with"
         )
     data.prepare_data()
+    data.dataset("val").check()
     scores = score(network, data, settings.protocol, build_side_trainer(cfg))
     report_scores(scores, settings.weights, data.classes.names, settings.protocol, settings.run_dir)

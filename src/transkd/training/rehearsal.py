@@ -79,7 +79,8 @@ def rehearse(student: Network, teacher: Network | None, criterion: Criterion, da
     """Run one image through networks and terms, to find networks that do not fit each other, a term or the data.
 
     Raises:
-        UserError: classes differ, a network does not accept the image's size, or a term cannot compare the networks.
+        UserError: the data is not as its settings say, classes differ, a network does not accept the image's size, or a
+            term cannot compare the networks.
     """
     for problem in class_problems(student, teacher, criterion, data):
         raise UserError(problem)
@@ -88,8 +89,10 @@ def rehearse(student: Network, teacher: Network | None, criterion: Criterion, da
             "data.unlabelled gives images without labels, but no term reads the teacher, so nothing is learnt from "
             "them: add a term such as 'term=[kd]' or 'term=[teacher_labels]', or set data.unlabelled=null"
         )
+    data.check_batch_size()
+    for split in ("train", "val"):  # a validation transform that cannot be undone is refused now, not after an epoch
+        data.dataset(split).check()
     warn_of_padding(data)
-    data.dataset("val")[0]  # a validation transform that cannot be undone is refused now, not after the first epoch
     image, target, *_ = collate([data.dataset("train")[0]])
     parts = [part for part in (student, teacher, criterion) if part is not None]
     modes = [part.training for part in parts]

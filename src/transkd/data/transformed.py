@@ -1,0 +1,42 @@
+"""What a transform may make of images and labels."""
+
+from typing import Any
+
+import numpy as np
+
+from transkd.errors import UserError
+
+__all__ = ["check_image", "check_label"]
+
+
+def check_image(pixels: Any) -> None:
+    """Check that a transform left an image of bytes: networks normalise images, loaders make tensors of them.
+
+    Raises:
+        UserError: it is no array of uint8 [H, W, 3].
+    """
+    _check("image", pixels, "[H, W, 3]")
+
+
+def check_label(pixels: Any) -> None:
+    """Check that a transform left a label of bytes.
+
+    Raises:
+        UserError: it is no array of uint8 [H, W].
+    """
+    _check("label", pixels, "[H, W]")
+
+
+def _check(what: str, pixels: Any, shape: str) -> None:
+    if not isinstance(pixels, np.ndarray):
+        wrong = f"a {type(pixels).__module__.split('.')[0]} {type(pixels).__name__}"
+    elif pixels.dtype != np.uint8:
+        wrong = f"values of type {pixels.dtype}"
+    elif pixels.ndim != len(shape.split(",")) or (what == "image" and pixels.shape[2] != 3):
+        wrong = f"the shape {list(pixels.shape)}"
+    else:
+        return
+    raise UserError(
+        f"a transform (data.train_transform, data.eval_transform) gives the {what} {wrong}: expected a uint8 array of "
+        f"shape {shape}; leave out Normalize, ToFloat and ToTensorV2, since the networks normalise images themselves"
+    )
