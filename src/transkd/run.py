@@ -190,7 +190,9 @@ def prepare_teacher(
     source: str | Path | None = settings.teacher.weights
     if source is None:
         task = cfg.criterion.terms.task.term
-        recipe = [build.plain(cfg.data, cfg.teacher.network, cfg.teacher.fit, cfg.optim, task), settings.seed]
+        parts = build.plain(cfg.data, cfg.teacher.network, cfg.teacher.fit, cfg.optim, task)
+        parts[0] = {key: value for key, value in parts[0].items() if key not in ("cache", "augment")}  # the same data
+        recipe = [parts, settings.seed]
         source = teaching.kept_teacher(settings.teacher, settings.name, network.name, recipe)
         if source.is_file():
             log.info("teacher: using %s, trained by an earlier run with the same settings", source)

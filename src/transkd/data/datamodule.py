@@ -1,15 +1,19 @@
 """Data module of a run: train and validation splits, transforms, reproducible loaders."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, default_collate
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from transkd.data.classes import CLASS_SETS, ClassSet
 from transkd.data.dataset import Batch, Pair, PlacedBatch, SegmentationDataset
+from transkd.data.feeding.device import DeviceAugmentation, on_device
+from transkd.data.feeding.frame_cache import FrameCache
+from transkd.data.feeding.planning import PlannedBatch, PlannedDataset, collate_planned
 from transkd.errors import UserError
 from transkd.metrics import PROTOCOLS
 
@@ -68,6 +72,10 @@ class SegmentationDataModule(L.LightningDataModule):
         void: label values to ignore in addition to 255.
         prepare: called as ``prepare(root=…)`` once before the data set is read; generates the demo's data.
         conditions: names of folders in the images' paths, such as fog; scores are given for each of them too.
+        cache: folder to keep decoded, resized frames in (``transkd.data.feeding.FrameCache``); None reads the files.
+        augment: "cpu" applies ``train_transform`` in the loader's workers; "device" draws its parameters there and
+            applies them in batches on the network's device; "auto" is "device" on an NVIDIA GPU. Transforms that have
+            no equivalent on the device stay on the CPU.
     """
 
     def __init__(
@@ -86,6 +94,8 @@ class SegmentationDataModule(L.LightningDataModule):
         void: Sequence[int] = (),
         prepare: Callable[..., Any] | None = None,
         conditions: Sequence[str] = (),
+        cache: str | None = None,
+        augment: Literal["cpu", "device", "auto"] = "auto",
     ) -> None:
         super().__init__()
         if isinstance(classes, str):
@@ -101,13 +111,26 @@ class SegmentationDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.protocol, self.seed, self.conditions = protocol, seed, tuple(conditions)
+        self.cache, self.augment = cache, augment
         self._splits: dict[str, SegmentationDataset] = {}
+        self._caches: dict[str, FrameCache] = {}  # until they are filled
+        self._augmentation: DeviceAugmentation | None = None
         self._next_epoch = 0
 
     def prepare_data(self) -> None:
-        """Call ``prepare``; Lightning runs this hook in one process only."""
+        """Call ``prepare`` and fill the cache; Lightning runs this hook in one process only."""
         if self.prepare is not None:
             self.prepare(root=self.root)
+        if self.cache is not None:
+            self.fill_cache(("val",) if self._only_validates() else ("train", "val"))
+
+    def fill_cache(self, splits: Sequence[str]) -> None:
+        """Write the frames of splits that the cache lacks."""
+        for split in splits:
+            self.dataset(split)
+            cache = self._caches.pop(split, None)
+            if cache is not None:
+                cache.fill(self.num_workers)
 
     def dataset(self, split: str) -> SegmentationDataset:
         """Return the split "train" or "val"; its files are searched at the first call."""
@@ -121,9 +144,12 @@ class SegmentationDataModule(L.LightningDataModule):
                 transform_labels=train or PROTOCOLS[self.protocol].transform_labels,
                 ignore_padding=not train,
             )
+            if self.cache is not None:
+                self._caches[split] = FrameCache(self._splits[split], self.cache, split)
+                self._caches[split].attach()
         return self._splits[split]
 
-    def train_dataloader(self) -> DataLoader[Batch | PlacedBatch]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of the shuffled, augmented training split; an incomplete last batch is dropped."""
         dataset = self.dataset("train")
         world_size, rank = self._world_size_and_rank()
@@ -134,6 +160,11 @@ class SegmentationDataModule(L.LightningDataModule):
             )
         sampler = SeededSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed, drop_last=True)
         sampler.set_epoch(self._next_epoch)  # Lightning sets it too, but after workers have prefetched
+        if self._augments_on_device():
+            self._augmentation = on_device(dataset.transform, self.augment)
+        if self._augmentation is not None:
+            plans = PlannedDataset(dataset, self._augmentation.plan)
+            return self._loader(plans, self.batch_size, sampler, drop_last=True, collate_fn=collate_planned)
         return self._loader(dataset, self.batch_size, sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch | PlacedBatch]:
@@ -152,22 +183,33 @@ class SegmentationDataModule(L.LightningDataModule):
         self._next_epoch = state_dict["next_epoch"]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Convert labels to int64 on the device; they are transferred as uint8."""
+        """Augment planned batches, and convert labels to int64 on the device; they are transferred as uint8."""
+        if isinstance(batch, PlannedBatch):
+            assert self._augmentation is not None
+            batch = self._augmentation.apply(batch)
         return batch._replace(target=batch.target.long()) if isinstance(batch, Batch | PlacedBatch) else batch
+
+    def _augments_on_device(self) -> bool:
+        strategy = getattr(self.trainer, "strategy", None)
+        on_gpu = strategy is not None and strategy.root_device.type == "cuda"
+        return self.augment == "device" or (self.augment == "auto" and on_gpu)
+
+    def _only_validates(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
 
     def _world_size_and_rank(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
     def _loader(
-        self, dataset: SegmentationDataset, batch_size: int, sampler: Any, drop_last: bool
-    ) -> DataLoader[Batch | PlacedBatch]:
+        self, dataset: Dataset[Any], batch_size: int, sampler: Any, drop_last: bool, collate_fn: Any = collate
+    ) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             drop_last=drop_last,
-            collate_fn=collate,
+            collate_fn=collate_fn,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator(),  # separate: iterators would advance the global generator that dropout uses

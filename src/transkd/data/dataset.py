@@ -1,7 +1,7 @@
 """Data set of image and label files, paired by name and validated when read."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,6 +122,9 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
             does to the image must then be possible to undo (``transkd.data.geometry``).
         ignore_padding: whether padding has the label 255 whatever the transform fills it with; for evaluation.
 
+    Attributes:
+        frame: gives image and label before the transform: ``read``, or a cache of its results (``data.feeding``).
+
     Keys are an index, or a pair of index and augmentation seed (``transkd.data.datamodule.SeededSampler``).
     """
 
@@ -142,10 +145,16 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
         self._ids = np.full(256, _UNKNOWN, dtype=np.uint8)
         self._ids[: len(classes.names)] = np.arange(len(classes.names))
         self._ids[[IGNORE, *void]] = IGNORE
+        self.frame: Callable[[int], tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = self.read
 
     def __len__(self) -> int:
         """Number of pairs."""
         return len(self.pairs)
+
+    @property
+    def label_table(self) -> npt.NDArray[np.uint8]:
+        """Class id of each of the 256 label values that a file can hold."""
+        return self._ids
 
     def read(self, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """Read image [H, W, 3] and label [H, W] at their size on disk, void label values mapped to 255."""
@@ -172,7 +181,7 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
     def __getitem__(self, key: int | tuple[int, int]) -> Batch | PlacedBatch:
         """Return the transformed sample as tensors."""
         index, seed = key if isinstance(key, tuple) else (key, None)
-        image, label = self.read(index)
+        image, label = self.frame(index)
         place = None
         if self._image_transform is not None:
             image, place = self._image_transform(image)

@@ -35,6 +35,5 @@ def evaluate(cfg: DictConfig) -> None:
             f"{settings.weights} has {network.num_classes} classes, the data {settings.name} has {data.num_classes}; "
             "choose the experiment that it was trained with"
         )
-    data.prepare_data()
     scores = score(network, data, settings.protocol, build_side_trainer(cfg))
     report_scores(scores, settings.weights, data.classes.names, settings.protocol, settings.run_dir)
