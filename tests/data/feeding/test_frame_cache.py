@@ -81,8 +81,10 @@ def reads(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("protocol", ["full-res", "input-res"])
-@pytest.mark.parametrize("train", [A.Compose(RECIPE), A.Compose(RECIPE[2:]), None])
+@pytest.mark.parametrize(
+    ("train", "protocol"),
+    [(A.Compose(RECIPE), "full-res"), (A.Compose(RECIPE[2:]), "input-res"), (None, "transkd-paper")],
+)
 def test_samples_are_bit_identical(build, reads, train, protocol):
     settings = {"train_transform": train, "protocol": protocol}
     expected = batches(build(cache=None, **settings))
