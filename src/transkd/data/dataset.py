@@ -1,5 +1,6 @@
 """Data set of image and label files, paired by name and validated when read."""
 
+import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "is_image",
     "pair_by_name",
     "read_image",
+    "seed_transform",
 ]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -110,6 +112,14 @@ def read_image(path: str | Path, mode: str | None = "RGB") -> npt.NDArray[np.uin
         raise UserError(f"cannot read the image {path}: damaged, truncated or not an image ({error})") from error
 
 
+def seed_transform(transform: Any, seed: int) -> None:
+    """Seed an Albumentations transform so that its parts draw one after the other.
+
+    Its own ``set_random_seed`` gives every part the same numbers: images would be flipped if and only if scaled down.
+    """
+    transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+
+
 class SegmentationDataset(Dataset[Batch | PlacedBatch]):
     """Images with label maps of class ids.
 
@@ -187,7 +197,7 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
             image, place = self._image_transform(image)
         elif self.transform is not None:
             if seed is not None:
-                self.transform.set_random_seed(seed)
+                seed_transform(self.transform, seed)
             if self.ignore_padding:
                 image, label = transform_both(self.transform, image, label)
             else:

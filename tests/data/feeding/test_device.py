@@ -15,6 +15,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 
 from transkd.cli import CONF
 from transkd.data import Batch, SegmentationDataModule, find_camvid
+from transkd.data.dataset import seed_transform
 from transkd.data.feeding.colour import jitter
 from transkd.data.feeding.device import DeviceAugmentation, on_device, untranslatable
 from transkd.data.feeding.planning import OUTSIDE, Axis, PlannedBatch, PlannedDataset, collate_planned
@@ -47,7 +48,7 @@ def both(transform, frames, seeds):
     """Images and labels of Albumentations and of the device, one sample per frame and seed."""
     expected = []
     for (image, label), seed in zip(frames, seeds, strict=True):
-        transform.set_random_seed(seed)
+        seed_transform(transform, seed)
         made = transform(image=image, mask=label)
         expected.append((made["image"], made["mask"]))
     augmentation = DeviceAugmentation(transform)

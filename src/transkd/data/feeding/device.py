@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transkd.data.dataset import Batch
+from transkd.data.dataset import Batch, seed_transform
 from transkd.data.feeding.colour import jitter, look_up
 from transkd.data.feeding.heads import split_transform
 from transkd.data.feeding.planning import OUTSIDE, Axis, Jitter, Pixels, Plan, PlannedBatch
@@ -46,7 +46,8 @@ class DeviceAugmentation:
         plan = Plan(Axis(image.shape[0]), Axis(image.shape[1]), [])
         if self.rest is None:
             return image, label, plan
-        self.rest.set_random_seed(seed)
+        seed_transform(self.rest, seed)
+        self.rest.py_random.random()  # a composition draws whether it is applied
         for transform in self.rest:
             parameters = _draw(transform, plan)
             if type(transform) in COLOURS:
