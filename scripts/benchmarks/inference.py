@@ -137,14 +137,16 @@ def quantise(source: Path, target: Path, size: Sequence[int]) -> None:
             image = next(self.images, None)
             return None if image is None else {"image": image.numpy()}
 
-    logging.getLogger().setLevel(logging.ERROR)  # it recommends its own preprocessing
     prepared = source.with_suffix(".prepared.onnx")
-    importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process(
-        source, prepared, skip_symbolic_shape=True
-    )
-    quantization.quantize_static(
-        prepared, target, Scenes(), per_channel=True, op_types_to_quantize=["Conv", "MatMul", "Gemm"]
-    )
+    shapes = importlib.import_module("onnxruntime.quantization.shape_inference")
+    logging.disable(logging.WARNING)  # it recommends its own preprocessing
+    try:
+        shapes.quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            prepared, target, Scenes(), per_channel=True, op_types_to_quantize=["Conv", "MatMul", "Gemm"]
+        )
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def open_onnxruntime(path: Path, shape: tuple[int, ...]) -> Logits:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from transkd.data import SegmentationDataModule, find_camvid
 from transkd.data.dataset import SegmentationDataset
+from transkd.data.feeding import frame_cache
 from transkd.data.feeding.frame_cache import FrameCache
 from transkd.data.feeding.heads import split_transform
 from transkd.errors import UserError
@@ -169,16 +170,15 @@ def test_evaluation_caches_what_it_reads(build, tmp_path):
 
 
 def test_what_it_takes_is_said(build, caplog, tmp_path, monkeypatch):
+    monkeypatch.setattr(frame_cache, "PROBES", 2)
     with caplog.at_level(logging.INFO):
         build().prepare_data()
-    assert (
-        f"writing 0 frames of train to {tmp_path / 'cache'}" in caplog.text
-    )  # the first four tell what the rest takes
+    assert f"writing 2 frames of train to {tmp_path / 'cache'}" in caplog.text  # two were written to know it
     assert "data.cache: wrote 4 frames, 0.00 GB" in caplog.text
     shutil.rmtree(tmp_path / "cache")
     disk = namedtuple("Disk", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(-1))
-    with pytest.raises(UserError, match=r"data.cache=.*more frames of train take about .* are free; name a folder"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(100))
+    with pytest.raises(UserError, match=r"data.cache=.*: 2 more frames of train take about .* are free; name a folder"):
         build().prepare_data()
 
 

@@ -101,7 +101,8 @@ class FrameCache:
         size = self._write_all(probes, threads) / len(probes)
         each = (time.perf_counter() - started) / len(probes)
         others -= set(probes)
-        self._announce(len(others), size, each * len(others))
+        if others:
+            self._announce(len(others), size, each * len(others))
         written = size * len(probes) + self._write_all(sorted(others), threads)
         minutes = (time.perf_counter() - started) / 60
         log.info("data.cache: wrote %d frames, %s, in %.1f minutes", len(missing), _gigabytes(written), minutes)
