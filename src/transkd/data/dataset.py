@@ -149,13 +149,19 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
     ) -> None:
         self.pairs = list(pairs)
         self.classes = classes
-        self.transform = transform
         self.transform_labels, self.ignore_padding = transform_labels, ignore_padding
-        self._image_transform = None if transform is None or transform_labels else ImageTransform(transform)
         self._ids = np.full(256, _UNKNOWN, dtype=np.uint8)
         self._ids[: len(classes.names)] = np.arange(len(classes.names))
         self._ids[[IGNORE, *void]] = IGNORE
-        self.frame: Callable[[int], tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = self.read
+        self.use_frames(self.read, transform)
+
+    def use_frames(
+        self, frame: Callable[[int], tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]], transform: Any
+    ) -> None:
+        """Take image and label of an index from ``frame``, such as a cache, and apply this transform to them."""
+        self.frame, self.transform = frame, transform
+        alone = transform is not None and not self.transform_labels
+        self._image_transform = ImageTransform(transform) if alone else None
 
     def __len__(self) -> int:
         """Number of pairs."""

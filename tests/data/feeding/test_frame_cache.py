@@ -6,6 +6,7 @@ import shutil
 from collections import namedtuple
 
 import albumentations as A
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_samples_are_bit_identical(build, reads, train, protocol):
     reads.clear()
     assert same(batches(build(**settings, num_workers=1)), expected)
     assert reads == []
+
+
+def test_padding_of_validation_images_is_undone_alike(build):
+    """What the rest does to the resized frame is what the whole does to the image on disk."""
+    settings = {"eval_transform": A.Compose([A.LongestMaxSize(48), A.PadIfNeeded(64, 64)])}
+    expected, found = (batches(build(cache=cache, **settings)) for cache in (None, build().cache))
+    assert same(found, expected)
+    assert all(torch.equal(one.place, other.place) for one, other in zip(found[4:], expected[4:], strict=True))
+    assert len(found[4:]) == 3
 
 
 def test_frames_of_different_sizes(build, camvid_root):
@@ -205,6 +215,7 @@ def test_what_killed_processes_left_is_removed(build, tmp_path):
         ([A.Resize(8, 8, p=0.5)], 0),
         ([A.SmallestMaxSize([8, 9])], 0),
         ([A.LongestMaxSize(8)], 1),
+        ([A.Resize(8, 8, mask_interpolation=cv2.INTER_LINEAR)], 0),
         ([A.HorizontalFlip(), A.Resize(8, 8)], 0),
     ],
 )

@@ -67,8 +67,7 @@ class FrameCache:
 
     def attach(self) -> None:
         """Let the data set read its frames here, and apply only the rest of its transform to them."""
-        self.dataset.frame = self.frame
-        self.dataset.transform = self.rest
+        self.dataset.use_frames(self.frame, self.rest)
 
     def frame(self, index: int) -> Frame:
         """Return a frame as read-only memory maps, or compute it if it is not cached."""

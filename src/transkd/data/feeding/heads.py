@@ -6,6 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 import albumentations as A
+import cv2
 
 __all__ = ["split_transform"]
 
@@ -30,8 +31,11 @@ def split_transform(transform: Any) -> tuple[Any, Any]:
 
 
 def _is_deterministic(transform: Any) -> bool:
+    if type(transform) not in DETERMINISTIC or transform.p < 1:
+        return False
     several_sizes = isinstance(getattr(transform, "max_size", None), Sequence)
-    return type(transform) in DETERMINISTIC and transform.p >= 1 and not several_sizes
+    keeps_ids = transform.mask_interpolation == cv2.INTER_NEAREST
+    return not several_sizes and keeps_ids and getattr(transform, "area_for_downscale", None) != "image_mask"
 
 
 def _part(transform: Any, parts: list[Any]) -> Any:
