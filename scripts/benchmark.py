@@ -1,7 +1,9 @@
 """Benchmark transkd against alternatives with the same weights, in one process, interleaved.
 
 python scripts/benchmark.py forward --network segformer_b0 --size 512 1024 --against transformers smp drawn-out
+python scripts/benchmark.py inference --against transformers onnxruntime openvino
 python scripts/benchmark.py step --teacher segformer_b2 --student segformer_b0 --against drawn-out
+python scripts/benchmark.py train --steps 8
 python scripts/benchmark.py loader --workers 0 1 2
 python scripts/benchmark.py terms
 python scripts/benchmark.py score
@@ -16,7 +18,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import forward, loader, score, step, terms
+from benchmarks import forward, inference, loader, score, step, terms, train
 
 from transkd.errors import UserError
 
@@ -26,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     subparsers = parser.add_subparsers(required=True, metavar="WHAT")
-    for command in (forward, step, loader, terms, score):
+    for command in (forward, inference, step, train, loader, terms, score):
         command.add(subparsers)
     args = parser.parse_args(arguments)
     args.command_line = arguments

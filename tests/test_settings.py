@@ -36,6 +36,7 @@ def test_values_are_typed():
         ("criterion.terms.csf.weight=true", "criterion.terms.csf.weight=true: expected a number of at least 0, or"),
         ("data.batch_size=2.5", "data.batch_size=2.5: expected a whole number of at least 1"),
         ("data.batch_size=null", "data.batch_size=null: expected a whole number of at least 1"),
+        ("data.augment=gpu", "data.augment=gpu: expected cpu or device or auto"),
         ("+data.void=[300]", "data.void.0=300: expected a whole number from 0 to 255"),
         ("student.checkpointing=off", "student.checkpointing=off: expected true or false"),
         ("student.lora.rank=0", "student.lora.rank=0: expected a whole number of at least 1 or null"),

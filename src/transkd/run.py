@@ -219,7 +219,9 @@ def teacher_source(cfg: DictConfig, settings: TrainSettings, network: Network) -
     if settings.teacher.weights is not None:
         return settings.teacher.weights
     task = cfg.criterion.terms.task.term
-    recipe = [build.plain(cfg.data, cfg.teacher.network, cfg.teacher.fit, cfg.optim, task), settings.seed]
+    parts = build.plain(cfg.data, cfg.teacher.network, cfg.teacher.fit, cfg.optim, task)
+    parts[0] = {key: value for key, value in parts[0].items() if key not in ("cache", "augment")}  # the same data
+    recipe = [parts, settings.seed]
     return teaching.kept_teacher(settings.teacher, settings.name, network.name, recipe)
 
 

@@ -108,6 +108,8 @@ class DataSettings(Settings):
     batch_size: Positive = 1
     eval_batch_size: Positive = 1
     num_workers: Count = 0
+    cache: Text | None = None
+    augment: Literal["cpu", "device", "auto"] = "auto"
     num_classes: Positive = 1
     seed: Count = 0
     labelled: Share = 1.0

@@ -220,6 +220,17 @@ def test_the_seed_in_the_key_repeats_an_augmentation(write):
     assert not torch.equal(first.image, other.image)
 
 
+def test_the_transforms_of_a_sample_are_independent(write):
+    """Over 400 seeds: as many images are flipped among those scaled up as among those scaled down."""
+    image = np.zeros((24, 32, 3), np.uint8)
+    image[:, :16] = 255
+    dataset = write(image=image, transform=A.Compose([A.RandomScale((-0.5, 0.5), p=1.0), A.HorizontalFlip(p=0.5)]))
+    samples = [dataset[0, seed].image for seed in range(400)]
+    for larger in (True, False):
+        flipped = [sample[0, 0, 0].item() == 0 for sample in samples if (sample.shape[-1] > 32) == larger]
+        assert 0.35 < np.mean(flipped) < 0.65  # four standard deviations
+
+
 # Transforms that do what the networks do
 
 

@@ -1,15 +1,19 @@
 """Data module of a run: train and validation splits, transforms, reproducible loaders."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, default_collate
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from transkd.data.classes import CLASS_SETS, ClassSet
 from transkd.data.dataset import UNLABELLED_BYTE, Batch, PlacedBatch, SegmentationDataset
+from transkd.data.feeding.device import DeviceAugmentation, on_device
+from transkd.data.feeding.frame_cache import FrameCache
+from transkd.data.feeding.planning import PlannedBatch, PlannedDataset, collate_planned
 from transkd.data.labels import LabelFormat
 from transkd.data.listing import Pair
 from transkd.data.unlabelled import MixedSampler, find_unlabelled, images_per_batch, take_labelled
@@ -76,6 +80,10 @@ class SegmentationDataModule(L.LightningDataModule):
         label: how label files are read: maps of ids, colours, orientation.
         prepare: called as ``prepare(root=…)`` once before the data set is read; generates the demo's data.
         conditions: names of folders in the images' paths, such as fog; scores are given for each of them too.
+        cache: folder to keep decoded, resized frames in (``transkd.data.feeding.FrameCache``); None reads the files.
+        augment: "cpu" applies ``train_transform`` in the loader's workers; "device" draws its parameters there and
+            applies them in batches on the network's device; "auto" is "device" on an NVIDIA GPU. Transforms that have
+            no equivalent on the device stay on the CPU.
     """
 
     def __init__(
@@ -98,6 +106,8 @@ class SegmentationDataModule(L.LightningDataModule):
         prepare: Callable[..., Any] | None = None,
         conditions: Sequence[str] = (),
         label: LabelFormat | None = None,
+        cache: str | None = None,
+        augment: Literal["cpu", "device", "auto"] = "auto",
     ) -> None:
         super().__init__()
         if isinstance(classes, str):
@@ -116,13 +126,30 @@ class SegmentationDataModule(L.LightningDataModule):
         self.protocol, self.seed, self.conditions = protocol, seed, tuple(conditions)
         self.labelled, self.unlabelled = labelled, unlabelled
         self.per_batch = (batch_size, 0) if unlabelled is None else images_per_batch(batch_size, unlabelled_share)
+        self.cache, self.augment = cache, augment
         self._splits: dict[str, SegmentationDataset] = {}
+        self._caches: dict[str, FrameCache] = {}  # until they are filled
+        self._augmentation: DeviceAugmentation | None = None
         self._next_epoch = 0
 
     def prepare_data(self) -> None:
-        """Call ``prepare``; Lightning runs this hook in one process only."""
+        """Generate the data and fill the cache; Lightning runs this hook in one process only."""
+        self.generate()
+        if self.cache is not None:
+            self.fill_cache(("val",) if self._only_validates() else ("train", "val"))
+
+    def generate(self) -> None:
+        """Call ``prepare``, which writes what is missing of the data set."""
         if self.prepare is not None:
             self.prepare(root=self.root)
+
+    def fill_cache(self, splits: Sequence[str]) -> None:
+        """Write the frames of splits that the cache lacks."""
+        for split in splits:
+            self.dataset(split)
+            cache = self._caches.pop(split, None)
+            if cache is not None:
+                cache.fill(self.num_workers)
 
     def dataset(self, split: str) -> SegmentationDataset:
         """Return the split "train" or "val"; its files are searched at the first call."""
@@ -149,9 +176,12 @@ class SegmentationDataModule(L.LightningDataModule):
             ignore_padding=not train,
             label=self.label,
         )
+        if self.cache is not None:
+            self._caches[split] = FrameCache(self._splits[split], self.cache, split)
+            self._caches[split].attach()
         return self._splits[split]
 
-    def train_dataloader(self) -> DataLoader[Batch | PlacedBatch]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of the shuffled, augmented training split; an incomplete last batch is dropped."""
         dataset = self.dataset("train")
         world_size, rank = self._world_size_and_rank()
@@ -161,6 +191,11 @@ class SegmentationDataModule(L.LightningDataModule):
         if self.unlabelled is not None:
             sampler = MixedSampler(sampler, dataset.labelled, len(dataset) - dataset.labelled, self.per_batch)
         sampler.set_epoch(self._next_epoch)  # Lightning sets it too, but after workers have prefetched
+        if self._augments_on_device():
+            self._augmentation = on_device(dataset.transform, self.augment)
+        if self._augmentation is not None:
+            plans = PlannedDataset(dataset, self._augmentation.plan)
+            return self._loader(plans, self.batch_size, sampler, drop_last=True, collate_fn=collate_planned)
         return self._loader(dataset, self.batch_size, sampler, drop_last=True)
 
     def batches(self, world_size: int = 1) -> int:
@@ -196,7 +231,10 @@ class SegmentationDataModule(L.LightningDataModule):
         self._next_epoch = state_dict["next_epoch"]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Convert labels to int64 on the device; they are transferred as uint8."""
+        """Augment planned batches, and convert labels to int64 on the device; they are transferred as uint8."""
+        if isinstance(batch, PlannedBatch):
+            assert self._augmentation is not None
+            batch = self._augmentation.apply(batch)
         if not isinstance(batch, Batch | PlacedBatch):
             return batch
         target = batch.target.long()
@@ -204,19 +242,27 @@ class SegmentationDataModule(L.LightningDataModule):
             target = target.masked_fill(target == UNLABELLED_BYTE, UNLABELLED)
         return batch._replace(target=target)
 
+    def _augments_on_device(self) -> bool:
+        strategy = getattr(self.trainer, "strategy", None)
+        on_gpu = strategy is not None and strategy.root_device.type == "cuda"
+        return self.augment == "device" or (self.augment == "auto" and on_gpu)
+
+    def _only_validates(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
+
     def _world_size_and_rank(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
     def _loader(
-        self, dataset: SegmentationDataset, batch_size: int, sampler: Any, drop_last: bool
-    ) -> DataLoader[Batch | PlacedBatch]:
+        self, dataset: Dataset[Any], batch_size: int, sampler: Any, drop_last: bool, collate_fn: Any = collate
+    ) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             drop_last=drop_last,
-            collate_fn=collate,
+            collate_fn=collate_fn,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator(),  # separate: iterators would advance the global generator that dropout uses

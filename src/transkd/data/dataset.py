@@ -1,7 +1,8 @@
 """Data set of image and label files: read, checked, transformed."""
 
+import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ __all__ = [
     "is_image",
     "pair_by_name",
     "read_image",
+    "seed_transform",
 ]
 
 
@@ -64,6 +66,14 @@ class PlacedBatch(NamedTuple):
     place: Tensor
 
 
+def seed_transform(transform: Any, seed: int) -> None:
+    """Seed an Albumentations transform so that its parts draw one after the other.
+
+    Its own ``set_random_seed`` gives every part the same numbers: images would be flipped if and only if scaled down.
+    """
+    transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+
+
 class SegmentationDataset(Dataset[Batch | PlacedBatch]):
     """Images with label maps of class ids.
 
@@ -76,6 +86,9 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
             does to the image must then be possible to undo (``transkd.data.geometry``).
         ignore_padding: whether padding has the label 255 whatever the transform fills it with; for evaluation.
         label: how label files are read.
+
+    Attributes:
+        frame: gives image and label before the transform: ``read``, or a cache of its results (``data.feeding``).
 
     Keys are an index, or a pair of index and augmentation seed (``transkd.data.datamodule.SeededSampler``).
     """
@@ -92,10 +105,17 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
     ) -> None:
         self.pairs = list(pairs)
         self.classes = classes
-        self.transform = transform
         self.transform_labels, self.ignore_padding = transform_labels, ignore_padding
-        self._image_transform = None if transform is None or transform_labels else ImageTransform(transform)
         self.label_reader = LabelReader(classes, void, label)
+        self.use_frames(self.read, transform)
+
+    def use_frames(
+        self, frame: Callable[[int], tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]], transform: Any
+    ) -> None:
+        """Take image and label of an index from ``frame``, such as a cache, and apply this transform to them."""
+        self.frame, self.transform = frame, transform
+        alone = transform is not None and not self.transform_labels
+        self._image_transform = ImageTransform(transform) if alone else None
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -131,13 +151,13 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
     def __getitem__(self, key: int | tuple[int, int]) -> Batch | PlacedBatch:
         """Return the transformed sample as tensors."""
         index, seed = key if isinstance(key, tuple) else (key, None)
-        image, label = self.read(index)
+        image, label = self.frame(index)
         place = None
         if self._image_transform is not None:
             image, place = self._image_transform(image)
         elif self.transform is not None:
             if seed is not None:
-                self.transform.set_random_seed(seed)
+                seed_transform(self.transform, seed)
             if self.ignore_padding:
                 image, label = transform_both(self.transform, image, label)
             else:

@@ -35,7 +35,7 @@ def evaluate(cfg: DictConfig) -> None:
             f"{settings.weights} has {network.num_classes} classes, the data {settings.name} has {data.num_classes}; "
             "choose the experiment that it was trained with"
         )
-    data.prepare_data()
+    data.generate()
     data.dataset("val").check()
     scores = score(network, data, settings.protocol, build_side_trainer(cfg))
     report_scores(scores, settings.weights, data.classes.names, settings.protocol, settings.run_dir)

@@ -1,0 +1,1 @@
+"""Feeding the networks faster: decoded frames cached on disk, and augmentation on the device."""
