@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
-from transkd.data.classes import CLASS_SETS, ClassSet
+from transkd.data.classes import ClassSet, class_set
 from transkd.data.dataset import UNLABELLED_BYTE, Batch, Pair, PlacedBatch, SegmentationDataset
 from transkd.data.unlabelled import MixedSampler, find_unlabelled, images_per_batch, take_labelled
 from transkd.errors import UserError
@@ -96,10 +96,7 @@ class SegmentationDataModule(L.LightningDataModule):
         conditions: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if isinstance(classes, str):
-            if classes not in CLASS_SETS:
-                raise UserError(f"unknown classes {classes!r}; available: {', '.join(CLASS_SETS)}")
-            classes = CLASS_SETS[classes]
+        classes = class_set(classes)
         if len(classes.names) != num_classes:
             raise UserError(f"data.num_classes={num_classes}, but the class set has {len(classes.names)} classes")
         if protocol not in PROTOCOLS:
