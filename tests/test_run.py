@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from runs import TINY, assert_identical, composed, results, student
 
 from transkd.cli import CONF
@@ -216,32 +217,35 @@ def test_a_teacher_that_knows_nothing_stops_the_run(base):
 
 
 def test_a_teacher_is_kept_only_once_its_score_is_known(base):
-    short = ["trainer.limit_train_batches=1", "teacher.min_miou=0.99", f"teacher.fit.folder={base / 'none'}"]
+    short = ["trainer.limit_train_batches=1", "teacher.min_miou=0.99", f"teacher.fit.folder={base / 'kept'}"]
     trained = base / "poor" / "teacher.safetensors"
     with pytest.raises(UserError, match=rf"below teacher\.min_miou=0\.99.* It is {trained}, and not kept"):
         run(composed(base, "poor", "distill=transkd_base", *short))
     assert trained.is_file()
-    assert not (base / "none").exists()
+    assert not (base / "kept").exists()
 
 
 def test_a_smoke_run_has_a_teacher_of_its_own(base):
-    def kept(*overrides):
-        cfg = composed(base, "unused", "distill=transkd_base", *overrides)
+    composed_once = composed(base, "unused", "distill=transkd_base")
+    OmegaConf.set_struct(composed_once, False)
+
+    def kept(change=""):
+        cfg = OmegaConf.merge(composed_once, OmegaConf.from_dotlist([f"trainer.{change}"] if change else []))
         return find_kept_teacher(cfg, TrainSettings.read(cfg), SimpleNamespace(name="segformer_b0"))
 
     assert kept().is_file()  # the teacher of the finished run
     for smoke in (
-        "+trainer.fast_dev_run=true",
-        "trainer.limit_train_batches=2",
-        "+trainer.max_steps=3",
-        "+trainer.overfit_batches=1",
-        "trainer.precision=bf16-mixed",
-        "trainer.accumulate_grad_batches=2",
-        "trainer.gradient_clip_val=1",
-        "trainer.devices=2",
+        "fast_dev_run=true",
+        "limit_train_batches=2",
+        "max_steps=3",
+        "overfit_batches=1",
+        "precision=bf16-mixed",
+        "accumulate_grad_batches=2",
+        "gradient_clip_val=1",
+        "devices=2",
     ):
         assert not kept(smoke).exists(), smoke
-    for harmless in ("trainer.max_epochs=7", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=null"):
+    for harmless in ("max_epochs=7", "log_every_n_steps=1", "limit_val_batches=2", "gradient_clip_val=null"):
         assert kept(harmless) == kept(), harmless
 
 

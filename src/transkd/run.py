@@ -69,7 +69,6 @@ def run(cfg: DictConfig) -> None:
     data, student, teacher, criterion = parts
     device = device.settled(planned_steps(data, settings.trainer), obstacles_to_graphs(settings, criterion))
     rehearse(student, teacher if criterion.ever_needs else None, criterion, data)
-    check_labels(criterion, data)
     notes: dict[str, Any] = {"experiment": settings.name, "eval_transform": serialise(data.eval_transform)}
     notes["classes"] = data.classes
     rehearse_writing(student, notes, {})
@@ -89,12 +88,8 @@ def run(cfg: DictConfig) -> None:
 
     looks_back = bool(settings.gradients_every or criterion.shares)
     device.compile(student, teacher, *criterion.terms.values(), keep_graph=looks_back)
-    facts = {
-        "name": settings.name,
-        "seed": settings.seed,
-        "resumed_from": None if checkpoint is None else str(checkpoint.path),
-        "start": start,
-    }
+    resumed_from = None if checkpoint is None else str(checkpoint.path)
+    facts = {"name": settings.name, "seed": settings.seed, "resumed_from": resumed_from, "start": start}
     rehearse_writing(student, notes, facts)
     distiller = Distiller(
         student,
@@ -191,6 +186,7 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
         save_resolved(cfg, Path(settings.run_dir) / "config.yaml")
         data.prepare_data()
     data.dataset("train"), data.dataset("val")  # raises for missing or wrong data
+    check_labels(criterion, data)
     log_sizes(student, criterion, settings.student.lora)
     check_schedules(criterion, data, settings.trainer)
     # false if all terms that read the teacher have weight 0

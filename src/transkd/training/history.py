@@ -9,7 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from transkd.files import write_atomically
+from transkd.errors import UserError
+from transkd.files import read_tensor_file, write_atomically
 
 __all__ = ["History"]
 
@@ -25,7 +26,7 @@ class History(L.Callback):
     """
 
     def __init__(self, checkpoint: Path, steps: int) -> None:
-        self.folder = checkpoint.parent
+        self.checkpoint, self.folder = checkpoint, checkpoint.parent
         # read now: in the same folder the logger deletes the file
         self.rows = _rows_before(self.folder.parent / "metrics.csv", steps)
 
@@ -38,6 +39,7 @@ class History(L.Callback):
 
     def _carry(self, trainer: L.Trainer, callback: ModelCheckpoint, state: dict[str, Any]) -> None:
         folder = Path(str(callback.dirpath))
+        state.update(self._newest(callback.state_key, state))
         names = {Path(path).name for path in state["best_k_models"]}
         absent = [name for name in names if not (self.folder / name).is_file()]
         if absent:
@@ -51,6 +53,19 @@ class History(L.Callback):
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
             if state[key]:
                 state[key] = str(folder / Path(state[key]).name)
+
+    def _newest(self, key: str, state: dict[str, Any]) -> dict[str, Any]:
+        """State of a callback in the newest checkpoint that it wrote: last.ckpt is written before best.ckpt."""
+        found = {(-1, False): state}
+        for file in self.folder.glob("*.ckpt"):
+            try:
+                content, _ = read_tensor_file(file)
+            except UserError as error:
+                log.warning("resuming: %s", error)
+                continue
+            if isinstance(content, dict) and key in content.get("callbacks", {}):
+                found[content["global_step"], file != self.checkpoint] = content["callbacks"][key]
+        return found[max(found)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin ``metrics.csv`` with the rows of the earlier run."""

@@ -46,7 +46,7 @@ HARMLESS = (
     )),
 )  # fmt: skip
 PLACES = ("run_dir", "name", "ckpt_path", "resume", "channels", "callbacks", "logger", "trainer.default_root_dir")
-OUR_SCHEDULE = "transkd.training.learning_rate.warmup_poly"
+OUR_SCHEDULE = ("transkd.training.learning_rate.warmup_poly", "transkd.schedules.warmup_poly")  # and its earlier name
 
 
 class Checkpoint(NamedTuple):
@@ -244,7 +244,7 @@ def _resolved_like(cfg: DictConfig, earlier: dict[Any, Any]) -> Any:
 def _is_harmless(key: str, cfg: DictConfig) -> bool:
     if key in ("trainer.max_epochs", "trainer.max_steps"):  # torch's schedules store their own length
         scheduler = cfg.optim.scheduler
-        return scheduler is None or cfg.optim.horizon is not None or scheduler.get("_target_") == OUR_SCHEDULE
+        return scheduler is None or cfg.optim.horizon is not None or scheduler.get("_target_") in OUR_SCHEDULE
     return _within(key, HARMLESS)
 
 
