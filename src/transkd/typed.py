@@ -127,5 +127,5 @@ def _describe_option(option: Any, limits: tuple[Any, ...]) -> str:
     if least is not None and most is not None:
         return f"{words} from {least} to {'below ' if 'lt' in found else ''}{most}"
     if "gt" in found:
-        return f"{words} above {found['gt']}"
+        return f"{words} above {found['gt']}" + ("" if most is None else f" to {most}")
     return words if least is None else f"{words} of at least {least}"

@@ -110,6 +110,7 @@ class Distiller(Scorer):
         content = {
             "epoch": self.current_epoch,
             "step": self.global_step,
+            "precision": str(self.trainer.precision),
             "names": names,
             "batch": [image, target],
             "values": step.values,

@@ -44,7 +44,7 @@ def replay(path: Path, device: torch.device | None = None) -> list[str]:
     broken = [name for name, tensor in captured["weights"].items() if not _is_finite(tensor)]
     found: list[str] = []
     hooks = [module.register_forward_hook(_reporter(name, found)) for name, module in _named(student, criterion)]
-    values = _compute(student.to(device), criterion.to(device), captured, str(cfg.trainer.precision), device)
+    values = _compute(student.to(device), criterion.to(device), captured, device)
     for hook in hooks:
         hook.remove()
     lines = [f"epoch {captured['epoch']}, step {captured['step']}; files: {'; '.join(map(str, captured['names']))}"]
@@ -90,9 +90,9 @@ def _rebuild(cfg: DictConfig, captured: Mapping[str, Any]) -> tuple[Network, Cri
 
 
 def _compute(
-    student: Network, criterion: Criterion, captured: Mapping[str, Any], precision: str, device: torch.device
+    student: Network, criterion: Criterion, captured: Mapping[str, Any], device: torch.device
 ) -> Mapping[str, Tensor]:
-    fabric = L.Fabric(accelerator=device.type, devices=1, precision=precision)  # type: ignore[arg-type]
+    fabric = L.Fabric(accelerator=device.type, devices=1, precision=captured["precision"])
     image, target = (part.to(device) for part in captured["batch"])
     teacher = None
     if captured["teacher"] is not None:
