@@ -51,8 +51,14 @@ def test_values_are_typed():
             "accumulate_grad_batches=0: expected a whole number of at least 1",
         ),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1: expected a number of at least 0 or null"),
-        ("trainer.limit_train_batches=0", "limit_train_batches=0: expected a whole number of at least 1 or a number above 0 to 1 or"),
-        ("trainer.limit_val_batches=-1", "limit_val_batches=-1: expected a whole number of at least 0 or a number from 0 to 1"),
+        (
+            "trainer.limit_train_batches=0",
+            "limit_train_batches=0: expected a whole number of at least 1 or a number above 0 to 1 or",
+        ),
+        (
+            "trainer.limit_val_batches=-1",
+            "limit_val_batches=-1: expected a whole number of at least 0 or a number from 0 to 1",
+        ),
         ("+trainer.overfit_batches=-0.5", "overfit_batches=-0.5: expected"),
         ("+trainer.max_steps=-2", "trainer.max_steps=-2: expected a whole number of at least -1"),
         ("+trainer.gradient_clip_algorithm=l2", "gradient_clip_algorithm=l2: expected norm or value or null"),

@@ -48,7 +48,7 @@ def fit(
         details = " ".join(str(error).split())[:300]
         raise UserError(
             f"ckpt_path={path} is of a run with another student, other terms or another student.lora; resume with "
-            f"that run's settings, {path.parents[1] / 'config.yaml'} ({details} …)"
+            f"that run's settings, {path.absolute().parents[1] / 'config.yaml'} ({details} …)"
         ) from error
     if trainer.interrupted:
         raise UserError(f"interrupted at epoch {trainer.current_epoch}; resume with ckpt_path=last")

@@ -26,7 +26,8 @@ class History(L.Callback):
     """
 
     def __init__(self, checkpoint: Path, steps: int) -> None:
-        self.checkpoint, self.folder = checkpoint, checkpoint.parent
+        self.checkpoint = checkpoint.absolute()
+        self.folder = self.checkpoint.parent
         # read now: in the same folder the logger deletes the file
         self.rows = _rows_before(self.folder.parent / "metrics.csv", steps)
 
