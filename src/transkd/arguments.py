@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from transkd.errors import UserError
+from transkd.settings import TrainerSettings
 from transkd.typed import describe_type, resolved, type_options
 
 __all__ = ["check_arguments"]
@@ -57,7 +58,8 @@ def _check(key: str, target: str, values: dict[str, Any]) -> None:
     hints = PROBABILITY if target.startswith("albumentations.") else _hints(called)
     for name, value in values.items():
         annotation = hints.get(name)
-        if annotation is None or value == "???" or not _is_plain(annotation):
+        ours = key == "trainer" and name in TrainerSettings.model_fields  # checked there, and some allow more
+        if ours or annotation is None or value == "???" or not _is_plain(annotation):
             continue
         try:
             TypeAdapter(annotation, config=STRICT).validate_python(_as_python(value))
