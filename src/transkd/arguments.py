@@ -21,7 +21,7 @@ PLAIN = (bool, int, float, str, Path, type(None))
 LISTS = (list, tuple, collections.abc.Sequence)
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 CHECKED = ("transkd.", "lightning.", "torch.optim.", "albumentations.")
-PROBABILITY = {"p": Annotated[float, Field(ge=0, le=1)]}
+PROBABILITY: dict[str, Any] = {"p": Annotated[float, Field(ge=0, le=1)]}
 
 
 def check_arguments(cfg: DictConfig) -> None:

@@ -99,7 +99,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerSettings(Settings):
     """Arguments of PyTorch's optimizers in which a mistake costs hours; an optimizer takes some of them."""
 
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: NonNegative | None = None
     weight_decay: NonNegative | None = None
     betas: list[BelowOne] | None = None
     momentum: BelowOne | None = None
