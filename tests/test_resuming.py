@@ -185,6 +185,20 @@ def test_a_longer_run_under_a_schedule_that_stores_its_length(base, last, tmp_pa
         check_settings(cfg, found, force=False)
 
 
+def test_a_rule_for_class_weights_stands_for_its_numbers(base, tmp_path):
+    cfg = plain_settings(base).copy()
+    cfg.channels = {"student": [], "teacher": []}
+    cfg.criterion.terms.task.term.class_weights = [1.0, 2.0]
+    (tmp_path / "run").mkdir()
+    OmegaConf.save(cfg, tmp_path / "run" / "config.yaml", resolve=True)
+    found = Checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt", {}, 2, 8)
+    cfg.criterion.terms.task.term.class_weights = "auto"
+    check_settings(cfg, found, force=False)
+    cfg.criterion.terms.task.term.class_weights = [2.0, 1.0]
+    with pytest.raises(UserError, match=r"class_weights\.0 was 1\.0, is 2\.0"):
+        check_settings(cfg, found, force=False)
+
+
 def test_fewer_epochs_than_done(last):
     found = Checkpoint(last, {}, 2, 8)
     check_length(found, TrainerSettings(max_epochs=-1))

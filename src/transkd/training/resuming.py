@@ -33,6 +33,7 @@ LISTED = 6  # differences that a message names
 # Settings that change neither what was trained nor how the rest is. The teacher's weights are compared by their hash.
 HARMLESS = (
     "run_dir", "name", "ckpt_path", "resume", "channels", "plugins", "license_policy", "pictures", "gradients_every",
+    "protocols",
     "keep_freed_memory", "compile", "compile_regions", "channels_last", "logger",
     "callbacks.progress", "callbacks.learning_rate", "callbacks.last", "callbacks.best",
     "data.root", "data.num_workers", "data.eval_batch_size",
@@ -183,7 +184,7 @@ def check_settings(cfg: DictConfig, checkpoint: Checkpoint, force: bool) -> None
             return
         raise UserError(f"{file} is not readable ({' '.join(str(error).split())}); go on with resume=force") from error
     found = differences(earlier, _resolved_like(cfg, earlier))
-    breaking = {key: pair for key, pair in found.items() if not _is_harmless(key, cfg)}
+    breaking = {key: pair for key, pair in found.items() if not (_is_harmless(key, cfg) or _is_rule(key, *pair))}
     shown = {key: pair for key, pair in found.items() if key not in breaking and not _within(key, PLACES)}
     if shown:
         log.info("resuming with other settings, which do not change what was trained: %s", _listed(shown))
@@ -246,6 +247,11 @@ def _is_harmless(key: str, cfg: DictConfig) -> bool:
         scheduler = cfg.optim.scheduler
         return scheduler is None or cfg.optim.horizon is not None or scheduler.get("_target_") in OUR_SCHEDULE
     return _within(key, HARMLESS)
+
+
+def _is_rule(key: str, before: Any, now: Any) -> bool:
+    """Whether a rule for class weights stands for the numbers that it gave to the earlier run."""
+    return key.endswith(".class_weights") and isinstance(before, list) and isinstance(now, str)
 
 
 def _within(key: str, groups: tuple[str, ...]) -> bool:
