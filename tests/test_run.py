@@ -16,7 +16,7 @@ from runs import TINY, assert_identical, composed, results, student
 from transkd.cli import CONF
 from transkd.errors import UserError
 from transkd.models import load_segmenter
-from transkd.run import find_kept_teacher, run
+from transkd.run import run, teacher_source
 from transkd.settings import TrainSettings
 from transkd.training.distiller import Distiller
 from transkd.training.replaying import replay
@@ -231,7 +231,7 @@ def test_a_smoke_run_has_a_teacher_of_its_own(base):
 
     def kept(change=""):
         cfg = OmegaConf.merge(composed_once, OmegaConf.from_dotlist([f"trainer.{change}"] if change else []))
-        return find_kept_teacher(cfg, TrainSettings.read(cfg), SimpleNamespace(name="segformer_b0"))
+        return teacher_source(cfg, TrainSettings.read(cfg), SimpleNamespace(name="segformer_b0"))
 
     assert kept().is_file()  # the teacher of the finished run
     for smoke in (
@@ -251,7 +251,7 @@ def test_a_smoke_run_has_a_teacher_of_its_own(base):
 
 def test_a_kept_teacher_of_which_a_bit_has_changed(base):
     cfg = composed(base, "flipped", "distill=transkd_base")
-    kept = find_kept_teacher(cfg, TrainSettings.read(cfg), SimpleNamespace(name="segformer_b0"))
+    kept = teacher_source(cfg, TrainSettings.read(cfg), SimpleNamespace(name="segformer_b0"))
     whole = kept.read_bytes()
     try:
         kept.write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])

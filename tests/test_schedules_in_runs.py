@@ -10,8 +10,8 @@ from runs import assert_identical, composed, results, student
 from transkd.errors import UserError
 from transkd.models import FrozenTeacher, load_segmenter
 from transkd.run import run
-from transkd.training.distiller import Distiller
 from transkd.settings import TrainerSettings
+from transkd.training.distiller import Distiller
 from transkd.training.rehearsal import check_schedules
 
 SHORT = ["pictures=0", "trainer.max_epochs=2", "distill=transkd_cwd", "term=[pea,cwd]"]

@@ -250,7 +250,8 @@ def prepare_teacher(
 ) -> tuple[dict[str, Any], Scores | None]:
     """Load the teacher's weights, train it first if it has none and that is configured, and evaluate it."""
     source = teacher_source(cfg, settings, network)
-    kept = trained = None
+    kept: Path | None = None
+    trained: Path | None = None
     if isinstance(source, Path):
         kept = source
         if kept.is_file():

@@ -15,7 +15,7 @@ from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.models import Network
 from transkd.models.storage.card import describe
-from transkd.outputs import IGNORE, SegmentationOutput
+from transkd.outputs import SegmentationOutput
 from transkd.settings import TrainerSettings
 
 __all__ = [
