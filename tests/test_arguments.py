@@ -38,6 +38,22 @@ def test_every_preset_passes(preset):
         (["criterion.terms.cwd.term.mask_ignored=yes"], r"cwd\.term\.mask_ignored=yes: expected true or false"),
         (["student.network.scale=half"], r"student\.network\.scale=half: expected a number"),
         (["data.prepare.train=many"], r"data\.prepare\.train=many: expected a whole number"),
+        (["trainer.enable_model_summary=no"], r"trainer\.enable_model_summary=no: expected true or false or null"),
+        (["+trainer.inference_mode=off"], r"trainer\.inference_mode=off: expected true or false"),
+        (["+callbacks.last.save_top_k=1.5"], r"callbacks\.last\.save_top_k=1\.5: expected a whole number"),
+        (["+optim.optimizer.amsgrad=abc"], r"optim\.optimizer\.amsgrad=abc: expected true or false"),
+        (
+            ["+optim.optimizer.weigth_decay=1"],
+            r"weigth_decay: .*AdamW has no such argument; did you mean weight_decay\?",
+        ),
+        (["data.train_transform.transforms.1.p=1.5"], r"transforms\.1\.p=1\.5: expected a number from 0 to 1 \("),
+        (["data.train_transform.transforms.1.p=-0.1"], r"transforms\.1\.p=-0\.1: expected a number from 0 to 1 \("),
+        (["+data.train_transform.transforms.0.heigth=3"], r"RandomCrop has no such argument; did you mean height\?"),
+        (["+data.find.condition=[fog]"], r"find_acdc has no such argument; did you mean conditions\?"),
+        (
+            ["data.classes={_target_:transkd.data.ClassSet,names:[a],colors:[[0,0,0]]}"],
+            r"data\.classes\.colors: transkd\.data\.ClassSet has no such argument\. There are: names, palette",
+        ),
         (["optim.scheduler.warmup=1.5"], r"optim\.scheduler\.warmup=1\.5: expected a whole number"),
     ],
 )

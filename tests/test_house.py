@@ -8,7 +8,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 FILES = sorted((SOURCE / "transkd").rglob("*.py"))
-COMMANDS = {f"transkd.{name}" for name in ("train", "evaluate", "predict", "export", "check")}
+COMMANDS = {f"transkd.{name}" for name in ("train", "evaluate", "predict", "export", "check", "replay")}
 # rooms, and the rooms of ours that they may import from
 ALLOWED = {
     "layers": {"layers", "errors"},

@@ -6,16 +6,20 @@ import resource
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from runs import TINY, assert_identical, composed, results, student
 
 from transkd.cli import CONF
 from transkd.errors import UserError
 from transkd.models import load_segmenter
-from transkd.run import run
+from transkd.run import run, teacher_source
+from transkd.settings import TrainSettings
 from transkd.training.distiller import Distiller
+from transkd.training.replaying import replay
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +139,9 @@ def test_resuming_after_a_real_kill(base, tmp_path):
 @pytest.mark.parametrize("change", ["distill=kd", "student=lvt"])
 def test_a_checkpoint_of_another_run_is_one_clear_mistake(base, killed_in_epoch_2, monkeypatch, change):
     monkeypatch.chdir(base)
-    with pytest.raises(UserError, match=r"ckpt_path=.*is of a run with another student.*killed/config\.yaml"):
+    with pytest.raises(
+        UserError, match=r"ckpt_path=.*is of a run with other settings: .*killed/config\.yaml.*resume=force"
+    ):
         run(composed(base, "outputs/resumed/other", *killed_in_epoch_2, change, "ckpt_path=last"))
 
 
@@ -143,7 +149,7 @@ def test_nothing_to_resume_from(base, monkeypatch):
     monkeypatch.chdir(base)
     with pytest.raises(UserError, match=r"ckpt_path=last: no checkpoints/last.ckpt in any run under .*outputs/never"):
         run(composed(base, "never", "name=never", "ckpt_path=last"))
-    with pytest.raises(UserError, match="weights file not found: nowhere"):
+    with pytest.raises(UserError, match="ckpt_path=nowhere: there is no file nowhere"):
         run(composed(base, "never", "ckpt_path=nowhere"))
     torch.save({"encoder": torch.zeros(1)}, base / "foreign.pth")
     with pytest.raises(UserError, match=r"is no checkpoint of a run; .* student\.weights="):
@@ -163,6 +169,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(base, mon
     with pytest.raises(UserError, match=r"not finite at epoch 1, step 4 \(.*task=nan.*_rgb_anon\.png") as error:
         run(composed(base, "broken", "distill=none"))
     assert "ckpt_path=last" in str(error.value)
+    file = base / "broken" / "not_finite.pt"
+    assert f"python -m transkd.replay {file}" in str(error.value)
+    lines = replay(base / "broken")
+    assert lines[0].startswith("epoch 1, step 4; files: ")
+    assert lines[1] == "task: nan then, nan now"
+    assert lines[2] == "weights that are not finite: student.head.linear_pred.bias"
+    assert lines[3] == "first module whose output is not finite: student.head.linear_pred"
     network, _ = load_segmenter(base / "broken" / "checkpoints" / "last.ckpt")
     assert all(p.isfinite().all() for p in network.parameters())
 
@@ -201,6 +214,53 @@ def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(base, monkeypatc
 def test_a_teacher_that_knows_nothing_stops_the_run(base):
     with pytest.raises(UserError, match=r"teacher reaches only mIoU 0\.\d+ .*teacher\.min_miou=0\.99"):
         run(composed(base, "weak", "distill=transkd_base", "teacher.min_miou=0.99"))
+
+
+def test_a_teacher_is_kept_only_once_its_score_is_known(base):
+    short = ["trainer.limit_train_batches=1", "teacher.min_miou=0.99", f"teacher.fit.folder={base / 'kept'}"]
+    trained = base / "poor" / "teacher.safetensors"
+    with pytest.raises(UserError, match=rf"below teacher\.min_miou=0\.99.* It is {trained}, and not kept"):
+        run(composed(base, "poor", "distill=transkd_base", *short))
+    assert trained.is_file()
+    assert not (base / "kept").exists()
+
+
+def test_a_smoke_run_has_a_teacher_of_its_own(base):
+    composed_once = composed(base, "unused", "distill=transkd_base")
+    OmegaConf.set_struct(composed_once, False)
+
+    def kept(change=""):
+        cfg = OmegaConf.merge(composed_once, OmegaConf.from_dotlist([f"trainer.{change}"] if change else []))
+        return teacher_source(cfg, TrainSettings.read(cfg), SimpleNamespace(name="segformer_b0"))
+
+    assert kept().is_file()  # the teacher of the finished run
+    for smoke in (
+        "fast_dev_run=true",
+        "limit_train_batches=2",
+        "max_steps=3",
+        "overfit_batches=1",
+        "precision=bf16-mixed",
+        "accumulate_grad_batches=2",
+        "gradient_clip_val=1",
+        "devices=2",
+    ):
+        assert not kept(smoke).exists(), smoke
+    for harmless in ("max_epochs=7", "log_every_n_steps=1", "limit_val_batches=2", "gradient_clip_val=null"):
+        assert kept(harmless) == kept(), harmless
+
+
+def test_a_kept_teacher_of_which_a_bit_has_changed(base):
+    cfg = composed(base, "flipped", "distill=transkd_base")
+    kept = teacher_source(cfg, TrainSettings.read(cfg), SimpleNamespace(name="segformer_b0"))
+    whole = kept.read_bytes()
+    try:
+        kept.write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
+        with pytest.raises(
+            UserError, match=rf"the kept teacher {kept} is damaged.*remove both files to train it again"
+        ):
+            run(cfg)
+    finally:
+        kept.write_bytes(whole)
 
 
 def test_a_term_without_a_teacher(base):

@@ -1,18 +1,22 @@
 """Atomic writing of files, and reading of tensor files without executing code."""
 
 import hashlib
+import importlib
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from transkd.errors import UserError
 
-__all__ = ["read_tensor_file", "sha256", "tensors_in", "write_atomically"]
+__all__ = ["is_being_written", "read_tensor_file", "sha256", "tensors_in", "write_atomically"]
+
+
+LOCKS: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
 def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
@@ -29,6 +33,7 @@ def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
+            _lock(file)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -41,6 +46,26 @@ def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
             kept = "; the previous file is kept" if path.exists() else ""
             raise UserError(f"cannot write {path}: {error.strerror or error}{kept}") from error
         raise
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether a living process writes a temporary file of `write_atomically`; True where that cannot be told."""
+    try:
+        with path.open("rb") as file:
+            return not _lock(file)
+    except OSError:
+        return True
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Lock a file until it is closed, if the system can; the end of the process unlocks it."""
+    if LOCKS is None:
+        return False
+    try:
+        LOCKS.flock(file, LOCKS.LOCK_EX | LOCKS.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _umask() -> int:

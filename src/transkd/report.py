@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -177,8 +178,17 @@ def _fractions(scores: Scores, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def write_results(results: dict[str, Any], run_dir: Path) -> None:
-    """Write ``results.json``."""
-    write_atomically(run_dir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    """Write ``results.json``; a number that is not finite becomes null, since JSON has none."""
+    content = json.dumps(_as_json(results), indent=2, allow_nan=False)
+    write_atomically(run_dir / "results.json", f"{content}\n".encode())
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def count_parameters(student: Network, criterion: Criterion) -> dict[str, int]:

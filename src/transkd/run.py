@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from transkd.arguments import check_arguments
 from transkd.cli import save_resolved
 from transkd.data import SegmentationDataModule
+from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.metrics import Scores
 from transkd.models import FrozenTeacher, MappedClasses, Network, add_lora, inherit, merge_lora, save_segmenter
@@ -26,13 +26,23 @@ from transkd.settings import LoraSettings, TrainSettings
 from transkd.training import build, teaching
 from transkd.training.build import Parts
 from transkd.training.calibration import calibration_images
+from transkd.training.capture import Capture
 from transkd.training.class_weights import fill_class_weights
 from transkd.training.compilation import keep_compiled_code
 from transkd.training.device import Device
 from transkd.training.distiller import Distiller
-from transkd.training.fitting import find_checkpoint, fit
+from transkd.training.fitting import fit
+from transkd.training.history import History
 from transkd.training.process import prepare_process
-from transkd.training.rehearsal import check_schedules, planned_steps, rehearse, weigh
+from transkd.training.rehearsal import (
+    check_labels,
+    check_schedules,
+    planned_steps,
+    rehearse,
+    rehearse_writing,
+    weigh,
+)
+from transkd.training.resuming import check_teacher, prepare_resuming
 from transkd.training.scoring import score
 
 __all__ = ["run"]
@@ -46,7 +56,7 @@ def run(cfg: DictConfig) -> None:
     settings = TrainSettings.read(cfg)
     check_arguments(cfg)
     build.enter_protocol(settings.protocol, settings.protocols)
-    ckpt_path = find_checkpoint(settings.ckpt_path, settings.name)
+    checkpoint = prepare_resuming(cfg, settings)
     device = Device.choose(
         settings.trainer.accelerator, settings.compile, settings.channels_last, settings.compile_regions
     )
@@ -60,12 +70,16 @@ def run(cfg: DictConfig) -> None:
     device = device.settled(planned_steps(data, settings.trainer), obstacles_to_graphs(settings, criterion))
     rehearse(student, teacher if criterion.ever_needs else None, criterion, data)
     notes: dict[str, Any] = {"experiment": settings.name, "eval_transform": serialise(data.eval_transform)}
+    notes["classes"] = data.classes
+    rehearse_writing(student, notes, {})
     teacher_scores, frozen, start = None, None, None
     if teacher is not None:
         about, teacher_scores = prepare_teacher(cfg, settings, teacher, data, device)
         notes |= about
+        if checkpoint is not None:
+            check_teacher(checkpoint, about, settings.resume == "force")
         if settings.student.from_teacher:
-            start = start_student(cfg, settings, parts, device, resumed=ckpt_path is not None)
+            start = start_student(cfg, settings, parts, device, resumed=checkpoint is not None)
         if criterion.ever_needs:
             frozen = freeze_teacher(settings, parts, device)
         student.lineage = merge_lineage(student.lineage, as_teacher(teacher.lineage))
@@ -74,32 +88,66 @@ def run(cfg: DictConfig) -> None:
 
     looks_back = bool(settings.gradients_every or criterion.shares)
     device.compile(student, teacher, *criterion.terms.values(), keep_graph=looks_back)
-    notes["classes"] = data.classes
-    optimization = build.build_optimization(cfg)
+    resumed_from = None if checkpoint is None else str(checkpoint.path)
+    facts = {"name": settings.name, "seed": settings.seed, "resumed_from": resumed_from, "start": start}
+    rehearse_writing(student, notes, facts)
     distiller = Distiller(
-        student, criterion, frozen, optimization, settings.protocol, device, notes, settings.gradients_every
+        student,
+        criterion,
+        frozen,
+        build.build_optimization(cfg),
+        settings.protocol,
+        device,
+        notes,
+        settings.gradients_every,
+        Capture(Path(settings.run_dir)),
     )
     trainer = build.build_trainer(cfg)
-    fit(trainer, distiller, data, ckpt_path)
+    if checkpoint is not None:
+        trainer.callbacks.append(History(checkpoint.path, checkpoint.steps))  # type: ignore[attr-defined]
+    fit(trainer, distiller, data, checkpoint, Path(settings.run_dir) / "student.safetensors")
+    facts |= {"epochs": trainer.current_epoch, "steps": trainer.global_step}
+    finish(cfg, settings, parts, device, teacher_scores, notes, facts, started)
 
-    merge_lora(student)
+
+def finish(
+    cfg: DictConfig,
+    settings: TrainSettings,
+    parts: Parts,
+    device: Device,
+    teacher_scores: Scores | None,
+    notes: dict[str, Any],
+    facts: dict[str, Any],
+    started: float,
+) -> None:
+    """Save the student, then score and report it.
+
+    Raises:
+        UserError: scoring failed; student and results.json, which says so, are written nevertheless.
+    """
+    merge_lora(parts.student)
     deployed = Path(settings.run_dir) / "student.safetensors"
-    if trainer.is_global_zero:
-        save_segmenter(student, deployed, **notes)  # before evaluation, since that may fail
-    scores = score(student, data, settings.protocol, build.build_side_trainer(cfg), device)
-    if trainer.is_global_zero:
-        facts = {
-            "name": settings.name,
-            "seed": settings.seed,
-            "epochs": trainer.current_epoch,
-            "steps": trainer.global_step,
-            "minutes": round((time.time() - started) / 60, 2),
-            "resumed_from": ckpt_path,
-            "start": start,
-        }
+    side_trainer = build.build_side_trainer(cfg)
+    if side_trainer.is_global_zero:
+        save_segmenter(parts.student, deployed, **notes)
+    scores, failure = None, None
+    try:
+        scores = score(parts.student, parts.data, settings.protocol, side_trainer, device)
+    except Exception as error:  # whatever it is, the student is there
+        failure = error
+        facts["score_failed"] = " ".join(str(error).split())
+    if side_trainer.is_global_zero:
+        facts["minutes"] = round((time.time() - started) / 60, 2)
         both = {"teacher": teacher_scores, "student": scores}
-        report_run(Path(settings.run_dir), parts, both, facts, notes, settings.pictures)
+        report_run(Path(settings.run_dir), parts, both, facts, notes, settings.pictures if failure is None else 0)
         log.info("the deployable student is %s", deployed)
+    if isinstance(failure, UserError):
+        raise UserError(
+            f"the student is trained and saved as {deployed}, but it could not be scored: {failure}. Score it later "
+            f"with python -m transkd.evaluate weights={deployed}"
+        ) from failure
+    if failure is not None:
+        raise failure
 
 
 def obstacles_to_graphs(settings: TrainSettings, criterion: Criterion) -> list[str]:
@@ -126,7 +174,7 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
     Raises:
         UserError: the data, a network, a term or a schedule is wrong.
     """
-    data: SegmentationDataModule = instantiate(cfg.data)
+    data = build.build_data(cfg)
     kept = Path(settings.run_dir).parent / "class_counts"
     fill_class_weights(cfg, data, kept, settings.trainer.enable_progress_bar)
     # the student first, so that its random weights do not depend on the teacher
@@ -138,6 +186,7 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
         save_resolved(cfg, Path(settings.run_dir) / "config.yaml")
         data.prepare_data()
     data.dataset("train"), data.dataset("val")  # raises for missing or wrong data
+    check_labels(criterion, data)
     log_sizes(student, criterion, settings.student.lora)
     check_schedules(criterion, data, settings.trainer)
     # false if all terms that read the teacher have weight 0
@@ -201,28 +250,42 @@ def prepare_teacher(
 ) -> tuple[dict[str, Any], Scores | None]:
     """Load the teacher's weights, train it first if it has none and that is configured, and evaluate it."""
     source = teacher_source(cfg, settings, network)
+    kept: Path | None = None
+    trained: Path | None = None
     if isinstance(source, Path):
-        if source.is_file():
-            log.info("teacher: using %s, trained by an earlier run with the same settings", source)
+        kept = source
+        if kept.is_file():
+            teaching.check_kept(kept)
+            log.info("teacher: using %s, trained by an earlier run with the same settings", kept)
         else:
-            fit_teacher(cfg, settings, network, data, device, source)
+            source = trained = Path(settings.run_dir) / "teacher.safetensors"
+            fit_teacher(cfg, settings, network, data, device, trained)
     about = teaching.load_teacher(network, source, settings.teacher.license, settings.license_policy)
     if not teaching.can_be_scored(network, data):
         return about, None
-    scores = score(network, data, settings.protocol, build.build_side_trainer(cfg), device)
-    teaching.check_scores(scores, settings.protocol, settings.teacher.min_miou)
+    trainer = build.build_side_trainer(cfg)
+    scores = score(network, data, settings.protocol, trainer, device)
+    try:
+        teaching.check_scores(scores, settings.protocol, settings.teacher.min_miou)
+    except UserError as error:
+        if trained is None:
+            raise
+        raise UserError(f"{error}. It is {trained}, and not kept for later runs") from error
+    if trained is not None and kept is not None:
+        about["teacher_weights"] = str(kept)
+        if trainer.is_global_zero:
+            about["teacher_weights"] = str(teaching.keep(trained, kept))
     return about, scores
 
 
 def teacher_source(cfg: DictConfig, settings: TrainSettings, network: Network) -> str | Path:
-    """The teacher's weights as given, or the path of the teacher that the run trains itself."""
+    """The teacher's weights as given, or the path of the teacher that the run trains itself; it need not exist."""
     if settings.teacher.weights is not None:
         return settings.teacher.weights
-    task = cfg.criterion.terms.task.term
+    task, trainer = cfg.criterion.terms.task.term, teaching.shaping(build.plain(cfg.trainer)[0])
     parts = build.plain(cfg.data, cfg.teacher.network, cfg.teacher.fit, cfg.optim, task)
     parts[0] = {key: value for key, value in parts[0].items() if key not in ("cache", "augment")}  # the same data
-    recipe = [parts, settings.seed]
-    return teaching.kept_teacher(settings.teacher, settings.name, network.name, recipe)
+    return teaching.kept_teacher(settings.teacher, settings.name, network.name, [parts, trainer, settings.seed])
 
 
 def fit_teacher(
@@ -233,14 +296,20 @@ def fit_teacher(
     device: Device,
     path: Path,
 ) -> None:
-    """Train the teacher with the student's recipe and store it for later runs with the same settings."""
+    """Train the teacher with the student's recipe and store it in the run's folder, until its score is known."""
     epochs = settings.teacher.fit.max_epochs
     log.info("teacher: training %s for %d epochs first", network.name, epochs)
     task = build.build_task(cfg)
     device.compile(network, *task.terms.values(), keep_graph=bool(settings.gradients_every))
-    optimization = build.build_optimization(cfg)
     distiller = Distiller(
-        network, task, None, optimization, settings.protocol, device, gradients_every=settings.gradients_every
+        network,
+        task,
+        None,
+        build.build_optimization(cfg),
+        settings.protocol,
+        device,
+        gradients_every=settings.gradients_every,
+        capture=Capture(path.parent, "teacher"),
     )
     trainer = build.build_side_trainer(cfg, trains=True, max_epochs=epochs)
     fit(trainer, distiller, data)
@@ -248,7 +317,7 @@ def fit_teacher(
         notes = {"experiment": f"{settings.name}, teacher", "eval_transform": serialise(data.eval_transform)}
         save_segmenter(network, path, data.classes, **notes)
     trainer.strategy.barrier("teacher saved")
-    log.info("teacher: stored as %s; later runs with the same settings use it", path)
+    log.info("teacher: trained, and stored as %s until it is scored", path)
 
 
 def serialise(transform: Any) -> dict[str, Any] | None:

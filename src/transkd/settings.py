@@ -93,11 +93,37 @@ class TeacherSettings(Settings):
     fit: TeacherFitSettings = TeacherFitSettings()
 
 
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerSettings(Settings):
+    """Arguments of PyTorch's optimizers in which a mistake costs hours; an optimizer takes some of them."""
+
+    lr: NonNegative | None = None
+    weight_decay: NonNegative | None = None
+    betas: list[BelowOne] | None = None
+    momentum: BelowOne | None = None
+    dampening: NonNegative | None = None
+    alpha: BelowOne | None = None
+    eps: Annotated[float, Field(gt=0)] | None = None
+
+
+class SchedulerSettings(Settings):
+    """Arguments of schedules in which a mistake costs hours."""
+
+    warmup: Count | None = None
+    power: NonNegative | None = None
+    T_max: Positive | None = None
+    eta_min: NonNegative | None = None
+    gamma: Annotated[float, Field(gt=0)] | None = None
+    step_size: Positive | None = None
+
+
 class OptimSettings(Settings):
     """Optimizer and schedule; Hydra builds both."""
 
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any] | None = None
+    optimizer: OptimizerSettings
+    scheduler: SchedulerSettings | None = None
     interval: Literal["step", "epoch"] = "step"
     horizon: Positive | None = None
 
@@ -140,13 +166,18 @@ class TrainerSettings(Settings):
 
     max_epochs: Annotated[int, Field(ge=-1)] | None = None
     max_steps: Annotated[int, Field(ge=-1)] = -1
-    limit_train_batches: Positive | Share | None = None
+    limit_train_batches: Positive | Annotated[float, Field(gt=0, le=1)] | None = None
     fast_dev_run: bool | Positive = False
     precision: Precision = "auto"
     accumulate_grad_batches: Positive = 1
     check_val_every_n_epoch: Positive | None = 1
     gradient_clip_val: NonNegative | None = None
+    gradient_clip_algorithm: Literal["norm", "value"] | None = None
     log_every_n_steps: Count | None = 10
+    num_sanity_val_steps: Annotated[int, Field(ge=-1)] | None = None
+    limit_val_batches: Count | Share | None = None
+    overfit_batches: Count | Share = 0
+    reload_dataloaders_every_n_epochs: Count = 0
     accelerator: str = "auto"
     enable_progress_bar: bool = True
 
@@ -168,6 +199,7 @@ class TrainSettings(ProcessSettings):
     protocol: str = "full-res"
     protocols: dict[str, dict[str, Any]] = Field(default_factory=dict)
     ckpt_path: Text | None = None
+    resume: Literal["strict", "force"] = "strict"
     gradients_every: Count = 0
     compile: bool | str = "auto"
     compile_regions: bool = False

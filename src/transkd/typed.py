@@ -121,9 +121,11 @@ def _describe_option(option: Any, limits: tuple[Any, ...]) -> str:
     if get_origin(option) in (list, tuple, Sequence):
         return f"a list [a,b] of {describe_type(get_args(option)[0])}"
     parts = [part for limit in limits for part in getattr(limit, "metadata", [limit])]
-    found = {name: getattr(part, name) for part in parts for name in ("ge", "le", "lt") if hasattr(part, name)}
+    found = {name: getattr(part, name) for part in parts for name in ("ge", "gt", "le", "lt") if hasattr(part, name)}
     least, most = found.get("ge"), found.get("le", found.get("lt"))
     words = PLAIN.get(option, "a group of settings")
     if least is not None and most is not None:
         return f"{words} from {least} to {'below ' if 'lt' in found else ''}{most}"
+    if "gt" in found:
+        return f"{words} above {found['gt']}" + ("" if most is None else f" to {most}")
     return words if least is None else f"{words} of at least {least}"

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from transkd.data import find_acdc
@@ -69,3 +71,23 @@ def test_a_folder_of_something_else_says_the_layout_and_the_way_out(tmp_path, ro
     with pytest.raises(UserError, match=r"data\.root=.*rgb_anon/<fog\|night\|rain\|snow>.*\+experiment=demo") as caught:
         find_acdc(tmp_path / root, "train")
     assert str(tmp_path / root) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        (["fog", "nigth"], r"conditions=\[fog,nigth\]: there is no condition nigth; did you mean night\?"),
+        (["snow", "rain", "snow"], r"conditions=\[snow,rain,snow\]: snow is named twice"),
+        ([], "expected at least one of fog, night, rain, snow"),
+    ],
+)
+def test_conditions_that_would_drop_or_repeat_images(acdc_root, conditions, message):
+    with pytest.raises(UserError, match=message):
+        find_acdc(acdc_root, "train", conditions)
+
+
+def test_a_condition_without_images_is_said(acdc_root, caplog):
+    for folder in ("rgb_anon", "gt"):
+        shutil.rmtree(acdc_root / folder / "snow")
+    assert len(find_acdc(acdc_root, "val", ["fog", "snow"])) == 3
+    assert "has no val images of snow; they are left out" in caplog.text

@@ -1,6 +1,7 @@
 import pytest
 
-from transkd.data.classes import CAMVID, CITYSCAPES, VOC
+from transkd.data.classes import CAMVID, CITYSCAPES, VOC, ClassSet, class_set
+from transkd.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,21 @@ def test_ids(classes, train_id, name, colour):
 def test_no_class_looks_like_ignored_pixels(classes):
     assert (0, 0, 0) not in classes.palette
     assert all(0 <= value <= 255 for colour in classes.palette for value in colour)
+
+
+@pytest.mark.parametrize(
+    ("names", "palette", "message"),
+    [
+        (["a", 2], [[0, 0, 0], [1, 1, 1]], r"data\.classes\.names=.*one text per class"),
+        ("ab", [[0, 0, 0], [1, 1, 1]], r"data\.classes\.names=ab"),
+        (["a", "b"], [[0, 0], [1, 1, 1]], r"data\.classes\.palette=.*three whole numbers from 0 to 255"),
+        (["a", "b"], [[0, 0, 256], [1, 1, 1]], r"data\.classes\.palette="),
+        (["a", "b"], [[0, 0, 0]], "has 2 names, of which 2 are different, and 1 colours"),
+        (["a", "a"], [[0, 0, 0], [1, 1, 1]], "has 2 names, of which 1 are different, and 2 colours"),
+    ],
+)
+def test_classes_of_ones_own_are_checked(names, palette, message):
+    with pytest.raises(UserError, match=message):
+        class_set(ClassSet(names, palette))
+    with pytest.raises(UserError, match="unknown classes 'cityscape'; available: cityscapes"):
+        class_set("cityscape")

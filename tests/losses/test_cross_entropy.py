@@ -146,3 +146,9 @@ def test_errors(pair):
         TaskCrossEntropy()(student, None)
     with pytest.raises(UserError, match=r"2 images.*\[1, 24, 32\]"):
         TaskCrossEntropy()(student, None, target[:1])
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [1.0, float("nan")], [0.0, 0.0], [float("inf"), 1.0]])
+def test_class_weights_that_cannot_be_meant(weights):
+    with pytest.raises(UserError, match="class_weights must be numbers of at least 0, not all 0"):
+        TaskCrossEntropy(class_weights=weights)

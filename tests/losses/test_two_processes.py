@@ -4,11 +4,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from drawn import CLASSES, STUDENT, TEACHER, Pair, images_of, make_pair, redrawn
 from hydra.utils import instantiate
 from test_term_contract import ACROSS_THE_BATCH, AT_RANDOM, FILES, SAME_WIDTHS, entry
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from transkd.losses import TaskCrossEntropy
+from transkd.outputs import SegmentationOutput
 
 PER_IMAGE = [path for path in FILES if path.stem not in ACROSS_THE_BATCH | AT_RANDOM]
 
@@ -59,6 +63,37 @@ def _one_of_two_processes(rank, file):
             learns |= bool(gradient.any())
         assert learns, path.stem
     dist.destroy_process_group()
+
+
+def _task_of_one_of_two_processes(rank, file):
+    """Cross-entropy where one process has hardly a valid pixel: by torch's own on the whole batch."""
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    logits = torch.randn(4, 5, 6, 8, dtype=torch.float64)
+    target = torch.randint(5, (4, 12, 16))
+    target[:2, 1:] = 255
+    weights = [1.0, 2.0, 0.5, 3.0, 1.0]
+    for class_weights in (None, weights):
+        for labels, resolution in ((target, "labels"), (target[:, ::2, ::2], "logits")):
+            scale = nn.Parameter(torch.ones(5, 1, 1, dtype=torch.float64))
+            mine = slice(2 * rank, 2 * rank + 2)
+            output = SegmentationOutput(logits[mine] * scale, (), (), None)
+            value = TaskCrossEntropy(class_weights, resolution)(output, None, labels[mine])
+            value.backward()
+            together = torch.stack([value.detach(), *scale.grad.flatten()])
+            dist.all_reduce(together)  # DistributedDataParallel takes the mean
+            whole = nn.Parameter(torch.ones(5, 1, 1, dtype=torch.float64))
+            enlarged = F.interpolate(logits * whole, size=labels.shape[-2:], mode="bilinear")
+            weight = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float64)
+            expected = F.cross_entropy(enlarged, labels, weight, ignore_index=255)
+            expected.backward()
+            torch.testing.assert_close(together / 2, torch.stack([expected.detach(), *whole.grad.flatten()]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ignored_pixels_bias_no_process(tmp_path):
+    mp.spawn(_task_of_one_of_two_processes, args=(tmp_path / "store",), nprocs=2)
 
 
 @pytest.mark.slow

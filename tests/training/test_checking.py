@@ -94,7 +94,7 @@ def test_all_that_is_wrong_is_said_at_once(root, good, monkeypatch, capsys, tmp_
     assert stopped.value.code == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "warning: "))]
     parts = [
-        "weights file not found: gone.ckpt",
+        "ckpt_path=gone.ckpt: there is no file gone.ckpt",
         f"label without an image: {data / 'trainannot' / '0.png'}",
         f"cannot read the image {data / 'train' / '1.png'}",
         "2.png: label values [99] are outside the 11 classes",

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from transkd.errors import UserError
 from transkd.training.learning_rate import warmup_poly
+from transkd.training.optimization import follow_schedule, groups_of
 
 
 def rates(ticks, lr=1.0, **settings):
@@ -28,6 +30,43 @@ def rates(ticks, lr=1.0, **settings):
 )
 def test_by_hand(settings, expected):
     assert rates(len(expected), **settings) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("settings", [{"warmup": -1}, {"power": -1.0}, {"power": float("inf")}])
+def test_what_is_out_of_range(settings):
+    with pytest.raises(UserError, match="expected numbers of at least 0"):
+        rates(1, total=4, **settings)
+
+
+def test_a_warm_up_as_long_as_the_run_is_said(caplog):
+    rates(1, total=4, warmup=3)
+    assert caplog.text == ""
+    rates(1, total=4, warmup=4)
+    assert "the warm-up of 4 ticks is as long as the schedule of 4: the rate never decays" in caplog.text
+
+
+def test_a_longer_run_follows_its_own_schedule_from_where_it_stopped():
+    """Six of six ticks are done; of nine the seventh has 1 - 6/9 of the rate, and other settings are this run's."""
+
+    def made(total, lr, decay):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr, weight_decay=decay)
+        return optimizer, warmup_poly(optimizer, total=total)
+
+    first, schedule = made(6, 1.0, 0.1)
+    for _ in range(6):
+        first.step()
+        schedule.step()
+    assert first.param_groups[0]["lr"] == 0
+    second, longer = made(9, 3.0, 0.2)
+    configured = groups_of({"optimizer": second})
+    second.load_state_dict(first.state_dict())
+    longer.load_state_dict(schedule.state_dict())
+    follow_schedule(second, longer, configured)
+    assert second.param_groups[0]["lr"] == pytest.approx(3.0 / 3)
+    assert second.param_groups[0]["weight_decay"] == 0.2
+    second.step()
+    longer.step()
+    assert second.param_groups[0]["lr"] == pytest.approx(3.0 * 2 / 9)
 
 
 def test_the_published_recipe():

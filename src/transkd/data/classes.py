@@ -1,8 +1,11 @@
 """Class names and colours of the label sets."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["ADE20K", "CAMVID", "CITYSCAPES", "CLASS_SETS", "NYUV2", "NYUV2_39", "VOC", "ClassSet"]
+from transkd.errors import UserError
+
+__all__ = ["ADE20K", "CAMVID", "CITYSCAPES", "CLASS_SETS", "NYUV2", "NYUV2_39", "VOC", "ClassSet", "class_set"]
 
 
 class ClassSet(NamedTuple):
@@ -285,3 +288,41 @@ CLASS_SETS = {
     "ade20k": ADE20K,
 }
 """Label sets by the name used in configurations."""
+
+
+def class_set(classes: str | ClassSet) -> ClassSet:
+    """Return a label set by its name, or one of a user's with plain texts and whole numbers.
+
+    Raises:
+        UserError: the name is unknown, or names and colours are not one text and one RGB colour per class.
+
+    Example:
+        >>> class_set(ClassSet(["road", "car"], [[128, 64, 128], [0, 0, 142]]))
+        ClassSet(names=('road', 'car'), palette=((128, 64, 128), (0, 0, 142)))
+    """
+    if isinstance(classes, str):
+        if classes not in CLASS_SETS:
+            raise UserError(f"unknown classes {classes!r}; available: {', '.join(CLASS_SETS)}")
+        return CLASS_SETS[classes]
+    names, palette = getattr(classes, "names", None), getattr(classes, "palette", None)
+    if not isinstance(names, Iterable) or isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"data.classes.names={names}: expected a list of names, one text per class")
+    if not isinstance(palette, Iterable) or not all(map(_is_colour, palette)):
+        raise UserError(
+            f"data.classes.palette={palette}: expected one colour per class, three whole numbers from 0 to 255"
+        )
+    found = ClassSet(tuple(names), tuple((int(red), int(green), int(blue)) for red, green, blue in palette))
+    if len(found.names) != len(found.palette) or len(set(found.names)) != len(found.names):
+        raise UserError(
+            f"data.classes has {len(found.names)} names, of which {len(set(found.names))} are different, and "
+            f"{len(found.palette)} colours; expected one name and one colour per class"
+        )
+    return found
+
+
+def _is_colour(colour: object) -> bool:
+    return (
+        isinstance(colour, list | tuple)
+        and len(colour) == 3
+        and all(isinstance(part, int) and 0 <= part <= 255 for part in colour)
+    )

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from transkd.data.classes import CLASS_SETS, ClassSet
+from transkd.data.classes import ClassSet, class_set
 from transkd.data.dataset import UNLABELLED_BYTE, Batch, PlacedBatch, SegmentationDataset
 from transkd.data.feeding.device import DeviceAugmentation, on_device
 from transkd.data.feeding.frame_cache import FrameCache
@@ -110,10 +110,7 @@ class SegmentationDataModule(L.LightningDataModule):
         augment: Literal["cpu", "device", "auto"] = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(classes, str):
-            if classes not in CLASS_SETS:
-                raise UserError(f"unknown classes {classes!r}; available: {', '.join(CLASS_SETS)}")
-            classes = CLASS_SETS[classes]
+        classes = class_set(classes)
         if len(classes.names) != num_classes:
             raise UserError(f"data.num_classes={num_classes}, but the class set has {len(classes.names)} classes")
         if protocol not in PROTOCOLS:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +24,10 @@ class TaskCrossEntropy(nn.Module):
     Logits are upsampled in bands of rows and the gradient of each band is computed in the forward pass, so the logits
     are never stored at the labels' size. The value can therefore be differentiated only once.
 
+    In the training of several processes, each value is multiplied by the process's share of the valid pixels, so that
+    the mean over the processes, as `DistributedDataParallel` takes it of the gradients, is the mean over all their
+    pixels; every process must then call the term. With gradient accumulation each batch still counts the same.
+
     Args:
         class_weights: w, one per class; None means equal weights. "auto", "median" and "sqrt" are counted by a training
             run, which gives the numbers (``transkd.data.class_weights``).
@@ -35,7 +40,7 @@ class TaskCrossEntropy(nn.Module):
 
     Raises:
         UserError: the resolution is unknown, logits or labels are missing, the labels have another shape or batch
-            size, or the number of class weights is not K.
+            size, a class weight is negative or not finite, or their number is not K.
 
     Example:
         >>> student = SegmentationOutput(torch.zeros(1, 4, 2, 2), (), (), torch.rand(1, 3, 8, 8))
@@ -65,8 +70,24 @@ class TaskCrossEntropy(nn.Module):
         """Compare the student's logits with the labels."""
         logits, target, weights = labelled_logits(self, student, target, self.class_weights, self.resolution)
         if logits.shape[-2:] == target.shape[-2:]:
-            return _mean_cross_entropy(logits, target, weights, self.ignore_index)
-        return upsampled_cross_entropy(logits, target, weights, self.ignore_index)
+            value = _mean_cross_entropy(logits, target, weights, self.ignore_index)
+        else:
+            value = upsampled_cross_entropy(logits, target, weights, self.ignore_index)
+        if self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
+            value = value * _share_of_pixels(target, weights, self.ignore_index)
+        return value
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _share_of_pixels(target: Tensor, weights: Tensor, ignore: int) -> Tensor | float:
+    """Weight of a process's valid pixels over the mean weight of all processes; exactly 1 for a single process."""
+    if dist.get_world_size() == 1:
+        return 1.0
+    ignored = (target == ignore) | (target < 0)
+    own = weights[target.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
+    total = own.clone()
+    dist.all_reduce(total)
+    return own * dist.get_world_size() / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
 def _mean_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor, ignore: int) -> Tensor:

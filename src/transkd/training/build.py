@@ -26,6 +26,7 @@ from transkd.training.seeding import EpochSeed
 __all__ = [
     "Parts",
     "build_criterion",
+    "build_data",
     "build_optimization",
     "build_side_trainer",
     "build_student",
@@ -33,6 +34,7 @@ __all__ = [
     "build_teacher",
     "build_trainer",
     "enter_protocol",
+    "instantiated",
 ]
 
 log = logging.getLogger(__name__)
@@ -54,13 +56,23 @@ def enter_protocol(name: str, protocols: Mapping[str, Any]) -> None:
         UserError: what is built from the description is no ``transkd.metrics.Protocol``.
     """
     if name in protocols:
-        built = instantiate(protocols[name], _convert_="all")
+        built = instantiated(protocols[name])
         if not isinstance(built, Protocol):
             raise UserError(
                 f"protocols.{name}: expected a _target_ that gives a transkd.metrics.Protocol, got "
                 f"{type(built).__name__}"
             )
         PROTOCOLS[name] = built
+
+
+def instantiated(node: DictConfig, **changes: Any) -> Any:
+    """Instantiate a node; every list and mapping in it becomes a plain one, since OmegaConf's cannot be written."""
+    return instantiate(node, _convert_="all", **changes)
+
+
+def build_data(cfg: DictConfig) -> SegmentationDataModule:
+    """Build the data module."""
+    return instantiated(cfg.data)
 
 
 def build_student(cfg: DictConfig, settings: StudentSettings, license_policy: str = "any") -> Network:
@@ -79,7 +91,7 @@ def build_student(cfg: DictConfig, settings: StudentSettings, license_policy: st
             f"student.lora.rank={settings.lora.rank} adapts trained weights, but the student starts from random "
             "ones; give a file with student.weights=PATH, or start from the teacher with student.from_teacher=true"
         )
-    student: Network = instantiate(cfg.student.network)
+    student: Network = instantiated(cfg.student.network)
     if settings.weights is not None:
         load_weights(student, settings.weights, settings.classifier, settings.license)
     check_license_policy(student.lineage, license_policy, f"the student {student.name}")
@@ -103,7 +115,7 @@ def build_teacher(
     """
     if len(cfg.criterion.terms) == 1 and not cfg.student.from_teacher:
         return None
-    teacher: Network = instantiate(cfg.teacher.network)
+    teacher: Network = instantiated(cfg.teacher.network)
     if settings is None or settings.class_map is None:
         return teacher
     if settings.weights is None:
@@ -122,38 +134,36 @@ def build_teacher(
 def build_criterion(cfg: DictConfig, student: Sequence[int], teacher: Sequence[int]) -> Criterion:
     """Build the weighted terms; the given channels are available to them as ``${channels.student}`` and so on."""
     cfg.channels.student, cfg.channels.teacher = list(student), list(teacher)
-    return instantiate(cfg.criterion)
+    return instantiated(cfg.criterion)
 
 
 def build_task(cfg: DictConfig) -> Criterion:
     """Build a criterion of the task's term only, to train the teacher with."""
-    return Criterion({"task": {"term": instantiate(cfg.criterion.terms.task.term), "weight": 1.0}})
+    return Criterion({"task": {"term": instantiated(cfg.criterion.terms.task.term), "weight": 1.0}})
 
 
 def build_optimization(cfg: DictConfig) -> Optimization:
     """Build optimizer and schedule."""
     optim = cfg.optim
-    return Optimization(
-        instantiate(optim.optimizer, _convert_="all"), instantiate(optim.scheduler), optim.interval, optim.horizon
-    )
+    return Optimization(instantiated(optim.optimizer), instantiated(optim.scheduler), optim.interval, optim.horizon)
 
 
 def build_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
     """Build Lightning's Trainer with the configured callbacks and loggers; ``changes`` override arguments."""
     if "callbacks" not in changes:
-        changes["callbacks"] = [instantiate(part) for part in cfg.callbacks.values()]
+        changes["callbacks"] = [instantiated(part) for part in cfg.callbacks.values()]
         if cfg.student.get("ema") is not None:
             changes["callbacks"].append(StudentAverage(cfg.student.ema))
     if "logger" not in changes:
-        changes["logger"] = [instantiate(part) for part in cfg.logger.values()]
+        changes["logger"] = [instantiated(part) for part in cfg.logger.values()]
     changes["callbacks"].append(EpochSeed(cfg.seed))
     changes.setdefault("precision", precision(cfg))
-    return instantiate(cfg.trainer, **changes)
+    return instantiated(cfg.trainer, **changes)
 
 
 def build_side_trainer(cfg: DictConfig, trains: bool = False, **changes: Any) -> L.Trainer:
     """Build a Trainer that writes no files, for evaluation and (``trains``) for training the teacher."""
-    progress = [instantiate(cfg.callbacks.progress)] if "progress" in cfg.callbacks else []
+    progress = [instantiated(cfg.callbacks.progress)] if "progress" in cfg.callbacks else []
     changes.setdefault("precision", precision(cfg, trains))
     return build_trainer(cfg, callbacks=progress, logger=False, enable_checkpointing=False, **changes)
 

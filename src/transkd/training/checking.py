@@ -27,10 +27,10 @@ from transkd.training.checking_report import draw_sheet, report_check
 from transkd.training.class_weights import fill_class_weights
 from transkd.training.costs import ONE_DEVICE, measure_costs
 from transkd.training.device import Device
-from transkd.training.fitting import find_checkpoint
 from transkd.training.probing import explain_failure, taps_and_readers, term_gradients
 from transkd.training.process import prepare_process
 from transkd.training.rehearsal import check_schedules, class_problems, dominating, rehearse, weighted
+from transkd.training.resuming import find_checkpoint
 from transkd.training.scoring import score
 
 __all__ = ["Findings", "check"]

@@ -9,8 +9,9 @@ from transkd.errors import UserError
 from transkd.losses import Criterion, Progress, gradient_statistics
 from transkd.models import FrozenTeacher, Network
 from transkd.models.storage.card import CARD, describe
+from transkd.training.capture import Capture, Step, random_state
 from transkd.training.device import Device
-from transkd.training.optimization import Optimization
+from transkd.training.optimization import Optimization, follow_schedule, groups_of
 from transkd.training.scoring import Scorer
 
 __all__ = ["Distiller"]
@@ -28,6 +29,7 @@ class Distiller(Scorer):
         device: memory format of images, and whether networks and terms are compiled.
         notes: stored in every checkpoint with the student's description (classes, the teacher's path and hash).
         gradients_every: steps between logs of each term's gradient (``gradient_statistics``); 0 disables them.
+        capture: where a step is written whose loss is not finite; None writes none.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Distiller(Scorer):
         device: Device | None = None,
         notes: dict[str, Any] | None = None,
         gradients_every: int = 0,
+        capture: Capture | None = None,
     ) -> None:
         super().__init__(student, protocol, device)
         self.criterion = criterion
@@ -47,11 +50,15 @@ class Distiller(Scorer):
         self.optimization = optimization
         self.notes = notes or {}
         self.gradients_every = gradients_every
+        self.capture = capture
+        self.step_taken: Step | None = None
+        self.configured: list[dict[str, Any]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the loss of one batch and log the terms."""
         if self.compiled:  # CUDA graphs overwrite a step's outputs at the next step
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        random = random_state(self.device)
         image, target, *names = batch
         image = image.to(memory_format=self.memory_format)
         if self.criterion.schedules:
@@ -61,8 +68,7 @@ class Distiller(Scorer):
         teacher = self.teacher(image, needs) if self.teacher is not None and needs else None
         parameters = self.student_parameters if self.criterion.calibrating else ()
         loss, values = self.criterion(student, teacher, target, parameters)
-        if not loss.isfinite():  # the only synchronisation with the device in a step
-            raise UserError(self._not_finite(values, names))
+        self.step_taken = Step.watch(loss, [image, target, *names], values, random)
         named = {f"train/{name}": value.detach() for name, value in values.items()}
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=len(image))
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=len(image))
@@ -80,17 +86,53 @@ class Distiller(Scorer):
         steps = int(self.trainer.estimated_stepping_batches)
         return Progress(self.global_step, steps, self.trainer.max_epochs or 1)
 
-    def _not_finite(self, values: dict[str, Tensor], names: list[Any]) -> str:
-        terms = ", ".join(f"{name}={value.item():g}" for name, value in values.items())
-        files = "; ".join(map(str, names[0])) if names else "not named by the data module"
-        return (
+    def _stop_if_not_finite(self) -> None:
+        """Raise an error, and write the step, if its loss is not finite; the weights are still those of the step."""
+        step, self.step_taken = self.step_taken, None
+        if step is None or step.is_finite():
+            return
+        terms = ", ".join(f"{name}={value.item():g}" for name, value in step.values.items())
+        names = list(step.batch[2]) if len(step.batch) > 2 else ["not named by the data module"]
+        saved = "" if self.capture is None else self._write(step, names, self.capture)
+        raise UserError(
             f"the loss is not finite at epoch {self.current_epoch}, step {self.global_step} ({terms}); "
-            f"files of the batch: {files}. The last good checkpoint is kept: lower the learning rate, "
-            "use trainer.precision=32-true or trainer.gradient_clip_val=1, and resume with ckpt_path=last"
+            f"files of the batch: {'; '.join(map(str, names))}. The last good checkpoint is kept: lower the learning "
+            "rate, use trainer.precision=32-true or trainer.gradient_clip_val=1, and resume with ckpt_path=last "
+            f"resume=force{saved}"
         )
 
+    def _write(self, step: Step, names: list[Any], capture: Capture) -> str:
+        image, target = step.batch[:2]
+        teacher = None
+        if self.teacher is not None and self.criterion.needs:
+            with torch.no_grad():
+                teacher = self.teacher(image, self.criterion.needs)
+        content = {
+            "epoch": self.current_epoch,
+            "step": self.global_step,
+            "precision": str(self.trainer.precision),
+            "names": names,
+            "batch": [image, target],
+            "values": step.values,
+            "random": step.random,
+            "factors": self.criterion.factors,
+            "teacher": teacher,
+            "weights": self.state_dict(),
+            "mean": self.student.mean,
+            "std": self.student.std,
+        }
+        try:
+            path = capture.write(content, self.global_rank)
+        except UserError as error:  # a full disk
+            return f". The step is not kept: {error}"
+        return f". The step is kept: python -m transkd.replay {path}"
+
     def on_after_backward(self) -> None:
-        """Copy gradients when accumulating over batches: a CUDA graph would overwrite them."""
+        """Check the loss, and copy gradients when accumulating: a CUDA graph would overwrite them.
+
+        The check waits here, and not in the step, so that the device computes the backward pass meanwhile.
+        """
+        self._stop_if_not_finite()
         if self.compiled and self.trainer.accumulate_grad_batches > 1:
             for parameter in self.parameters():
                 if parameter.grad is not None:
@@ -105,7 +147,14 @@ class Distiller(Scorer):
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule for the student's and the terms' parameters."""
         assert self.optimization is not None, "a Distiller without an optimization cannot be fitted"
-        return self.optimization.configure([p for p in self.parameters() if p.requires_grad], self.trainer)
+        made = self.optimization.configure([p for p in self.parameters() if p.requires_grad], self.trainer)
+        self.configured = groups_of(made)
+        return made
+
+    def on_train_start(self) -> None:
+        """Let a resumed run follow its own schedule: it may be longer than that of the checkpoint."""
+        schedules = [found.scheduler for found in self.trainer.lr_scheduler_configs]
+        follow_schedule(self.trainer.optimizers[0], schedules[0] if schedules else None, self.configured)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the student's description; raise an error instead of overwriting a good checkpoint with NaN weights."""

@@ -1,6 +1,5 @@
 """Evaluate a file of weights."""
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from transkd.arguments import check_arguments
@@ -9,7 +8,7 @@ from transkd.models import load_segmenter, load_weights
 from transkd.models.storage.sources import read_weights
 from transkd.report import report_scores
 from transkd.settings import EvaluateSettings
-from transkd.training.build import build_side_trainer, enter_protocol
+from transkd.training.build import build_data, build_side_trainer, enter_protocol, instantiated
 from transkd.training.device import device_of
 from transkd.training.process import prepare_process
 from transkd.training.scoring import score
@@ -23,12 +22,12 @@ def evaluate(cfg: DictConfig) -> None:
     check_arguments(cfg)
     enter_protocol(settings.protocol, settings.protocols)
     prepare_process(settings.keep_freed_memory, device_of(settings.trainer.accelerator))
-    data = instantiate(cfg.data)
+    data = build_data(cfg)
     weights = read_weights(settings.weights)
     if weights.recipe is not None:
         network, _ = load_segmenter(weights)
     else:
-        network = instantiate(cfg.student.network)
+        network = instantiated(cfg.student.network)
         load_weights(network, weights)
     if network.num_classes != data.num_classes:
         raise UserError(

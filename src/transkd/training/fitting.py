@@ -7,52 +7,71 @@ import lightning as L
 
 from transkd.data import SegmentationDataModule
 from transkd.errors import UserError
-from transkd.models.storage.sources import read_weights
+from transkd.models import merge_lora, save_segmenter
 from transkd.training.distiller import Distiller
+from transkd.training.resuming import Checkpoint
 
-__all__ = ["find_checkpoint", "fit"]
+__all__ = ["fit"]
 
 log = logging.getLogger(__name__)
 
 
-def find_checkpoint(ckpt_path: str | None, experiment: str) -> str | None:
-    """Find the checkpoint to resume from; ``last`` is the newest one of this experiment.
-
-    Raises:
-        UserError: there is none, or the file is not a checkpoint of a run.
-    """
-    if ckpt_path is None:
-        return None
-    path = Path(ckpt_path)
-    if ckpt_path == "last":
-        folder = Path("outputs") / experiment
-        found = sorted(folder.glob("**/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise UserError(f"ckpt_path=last: no checkpoints/last.ckpt in any run under {folder.absolute()}")
-        path = found[-1]
-    if not read_weights(path).card.get("transkd_version"):  # raises for a missing or damaged file
-        raise UserError(
-            f"ckpt_path={path} is no checkpoint of a run; to start from its weights use student.weights={path}"
-        )
-    log.info("resuming from %s", path)
-    return str(path)
-
-
-def fit(trainer: L.Trainer, distiller: Distiller, data: SegmentationDataModule, ckpt_path: str | None = None) -> None:
+def fit(
+    trainer: L.Trainer,
+    distiller: Distiller,
+    data: SegmentationDataModule,
+    checkpoint: Checkpoint | None = None,
+    deployed: Path | None = None,
+) -> None:
     """Train to the end.
 
+    Args:
+        trainer: Lightning's Trainer.
+        distiller: what is trained.
+        data: the data.
+        checkpoint: where to go on.
+        deployed: file for the student if an epoch is trained but its validation fails.
+
     Raises:
-        UserError: training was interrupted (says how to resume), or the checkpoint is of a run with other settings.
+        UserError: training was interrupted (says how to resume), no step was taken, or the checkpoint is of a run with
+            other settings.
     """
+    path = None if checkpoint is None else checkpoint.path
     try:
-        trainer.fit(distiller, datamodule=data, ckpt_path=ckpt_path)
-    except RuntimeError as error:
-        if ckpt_path is None or "loading state_dict" not in str(error):
+        trainer.fit(distiller, datamodule=data, ckpt_path=path)
+    except Exception as error:
+        saved = _rescue(trainer, distiller, deployed)
+        if isinstance(error, UserError) and saved:
+            raise UserError(f"{error}. {saved}") from error
+        if path is None or "loading state_dict" not in str(error):
             raise
         details = " ".join(str(error).split())[:300]
         raise UserError(
-            f"ckpt_path={ckpt_path} is of a run with another student, other terms or another student.lora; resume with "
-            f"that run's settings, {Path(ckpt_path).parents[1] / 'config.yaml'} ({details} …)"
+            f"ckpt_path={path} is of a run with another student, other terms or another student.lora; resume with "
+            f"that run's settings, {path.absolute().parents[1] / 'config.yaml'} ({details} …)"
         ) from error
     if trainer.interrupted:
         raise UserError(f"interrupted at epoch {trainer.current_epoch}; resume with ckpt_path=last")
+    if trainer.global_step == 0 and trainer.max_epochs != 0:
+        raise UserError(
+            "no step was taken, so there is nothing to save: expected at least one training batch in an epoch; check "
+            "trainer.limit_train_batches, trainer.max_steps, trainer.max_time and data.batch_size"
+        )
+
+
+def _rescue(trainer: L.Trainer, distiller: Distiller, deployed: Path | None) -> str:
+    """Save the student of an epoch that is trained when its validation fails; say where, or nothing if not."""
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+    if deployed is None or not done or done < trainer.num_training_batches or not trainer.is_global_zero:
+        return ""
+    if not all(parameter.isfinite().all() for parameter in distiller.student.parameters()):
+        return ""
+    merge_lora(distiller.student)
+    unfinished = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+    try:
+        save_segmenter(distiller.student, deployed, **distiller.notes, unfinished=unfinished)
+    except UserError:  # a full disk may be why the validation failed
+        return ""
+    said = f"The student after step {trainer.global_step}, not scored, is {deployed}"
+    log.error(said)
+    return said

@@ -1,9 +1,15 @@
 """Learning-rate schedules that torch does not have in one class."""
 
+import logging
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from transkd.errors import UserError
+
 __all__ = ["warmup_poly"]
+
+log = logging.getLogger(__name__)
 
 
 def warmup_poly(optimizer: Optimizer, total: int, warmup: int = 0, power: float = 1.0) -> LambdaLR:
@@ -19,6 +25,9 @@ def warmup_poly(optimizer: Optimizer, total: int, warmup: int = 0, power: float 
         warmup: ticks of warm-up.
         power: 1 is linear.
 
+    Raises:
+        UserError: warmup or power is negative.
+
     Example:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -26,6 +35,10 @@ def warmup_poly(optimizer: Optimizer, total: int, warmup: int = 0, power: float 
         >>> [schedule.lr_lambdas[0](tick) for tick in range(5)]
         [1.0, 0.75, 0.5, 0.25, 0.0]
     """
+    if warmup < 0 or not 0 <= power < float("inf"):
+        raise UserError(f"warmup_poly: warmup={warmup}, power={power}: expected numbers of at least 0")
+    if warmup >= total:
+        log.warning("the warm-up of %d ticks is as long as the schedule of %d: the rate never decays", warmup, total)
 
     def factor(tick: int) -> float:
         if tick < warmup:

@@ -8,8 +8,9 @@ from typing import Any
 from lightning import Trainer
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["Optimization"]
+__all__ = ["Optimization", "follow_schedule", "groups_of"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,25 @@ class Optimization:
         run = trainer.max_epochs if self.interval == "epoch" else trainer.estimated_stepping_batches
         schedule = self.scheduler(optimizer, total=int(self.horizon or run or 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.interval}}
+
+
+def groups_of(made: Any) -> list[dict[str, Any]]:
+    """Settings of each parameter group of what `Optimization.configure` returns."""
+    optimizer: Optimizer = made["optimizer"] if isinstance(made, dict) else made
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def follow_schedule(optimizer: Optimizer, schedule: Any, configured: list[dict[str, Any]]) -> None:
+    """Set what a checkpoint has overwritten back to the configuration, at the schedule's tick in the checkpoint.
+
+    Without it the first step of a longer run has the last rate of the shorter one, which is 0. Only for no schedule and
+    for schedules that are functions of the tick, such as `warmup_poly`; others store their own rates.
+    """
+    if schedule is not None and not isinstance(schedule, LambdaLR):
+        return
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
+    if schedule is not None:
+        schedule.base_lrs = [settings["initial_lr"] for settings in configured]
+        for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * factor(schedule.last_epoch)

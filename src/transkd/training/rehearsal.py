@@ -1,7 +1,9 @@
 """Checks before anything long begins, of a run and of the command ``check``."""
 
+import json
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +14,18 @@ from transkd.data.geometry import class_of_padding
 from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.models import Network
+from transkd.models.storage.card import describe
 from transkd.outputs import SegmentationOutput
 from transkd.settings import TrainerSettings
 
 __all__ = [
+    "check_labels",
     "check_schedules",
     "class_problems",
     "dominating",
     "planned_steps",
     "rehearse",
+    "rehearse_writing",
     "values_on_one_batch",
     "warn_of_padding",
     "weigh",
@@ -116,6 +121,46 @@ def warn_of_padding(data: SegmentationDataModule) -> None:
             data.classes.names[padding],
             padding,
         )
+
+
+def check_labels(criterion: Criterion, data: SegmentationDataModule) -> None:
+    """Check that some pixel of each split has a class; reads images until the first one with such a pixel.
+
+    Raises:
+        UserError: all training pixels are void although the task has a weight, or all validation pixels are.
+    """
+    splits = ["val"] if criterion.fixed.get("task") == 0 else ["train", "val"]
+    for split in splits:
+        dataset = data.dataset(split)
+        if not any(bool((dataset[i][1] < data.num_classes).any()) for i in range(len(dataset))):
+            hint = "" if split == "val" else ", or switch the task off with criterion.terms.task.weight=0"
+            raise UserError(
+                f"no pixel of the {len(dataset)} {split} images has a class: every label is 255 or in "
+                f"data.void={list(data.void)}; check the labels and data.void{hint}"
+            )
+
+
+def rehearse_writing(student: Network, notes: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Serialise what the run writes at its end, as far as it is known.
+
+    Args:
+        student: is described in its weights file.
+        notes: entries of that description.
+        facts: entries of ``results.json``.
+
+    Raises:
+        UserError: an entry cannot be written as JSON; names it.
+    """
+    for file, content in (("student.safetensors", describe(student, **notes)), ("results.json", facts)):
+        for key, value in content.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"{file} could not be written at the end of the run: its entry {key} holds what is neither text, "
+                    f"number, list nor mapping ({error}); look where the configuration, a transform or a network of "
+                    "your own sets it"
+                ) from error
 
 
 def values_on_one_batch(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transkd.data import SegmentationDataModule
+from transkd.errors import UserError
 from transkd.layers.placement import restored
 from transkd.metrics import Scores, SegmentationScore
 from transkd.models import Network
@@ -76,10 +77,23 @@ class Scorer(L.LightningModule):
 def score(
     network: Network, data: SegmentationDataModule, protocol: str, trainer: L.Trainer, device: Device | None = None
 ) -> Scores:
-    """Evaluate a network on the validation split; restores its training mode."""
+    """Evaluate a network on the validation split; restores its training mode.
+
+    Raises:
+        UserError: no image was scored, or none of their pixels has a class.
+    """
     scorer = Scorer(network, protocol, device, getattr(data, "conditions", ()))
     was_training = network.training
     trainer.validate(scorer, datamodule=data, verbose=False)
     network.train(was_training)
-    assert scorer.scores is not None
+    if scorer.scores is None:
+        raise UserError(
+            "no validation image was scored, so there is no mIoU: expected trainer.limit_val_batches of at least one "
+            "batch, or null for all of them"
+        )
+    if scorer.scores.miou.isnan():
+        raise UserError(
+            "none of the scored validation pixels has a class (every label is 255 or in data.void), so there is no "
+            "mIoU: check the labels, data.void and trainer.limit_val_batches"
+        )
     return scorer.scores

@@ -3,22 +3,40 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transkd.data import SegmentationDataModule
 from transkd.errors import UserError
-from transkd.files import sha256
+from transkd.files import sha256, write_atomically
 from transkd.metrics import Scores
 from transkd.models import MappedClasses, Network, load_weights
 from transkd.models.class_map import unmapped
 from transkd.models.storage.lineage import check_license_policy
 from transkd.settings import TeacherSettings
 
-__all__ = ["can_be_scored", "check_scores", "kept_teacher", "load_teacher"]
+__all__ = ["can_be_scored", "check_kept", "check_scores", "keep", "kept_teacher", "load_teacher", "shaping"]
 
 log = logging.getLogger(__name__)
+
+# Arguments of Lightning's Trainer that do not change what a teacher of a number of epochs learns.
+SHAPELESS = (
+    "_target_", "default_root_dir", "accelerator", "max_epochs", "logger", "callbacks", "enable_progress_bar",
+    "enable_model_summary", "enable_checkpointing", "log_every_n_steps", "num_sanity_val_steps", "profiler",
+    "check_val_every_n_epoch", "val_check_interval", "limit_val_batches", "inference_mode", "benchmark",
+    "detect_anomaly", "plugins",
+)  # fmt: skip
+
+
+def shaping(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the Trainer that change what a teacher learns; those that are null count as not given.
+
+    Example:
+        >>> shaping({"max_epochs": 3, "precision": "32-true", "limit_train_batches": None, "fast_dev_run": True})
+        {'precision': '32-true', 'fast_dev_run': True}
+    """
+    return {name: value for name, value in trainer.items() if name not in SHAPELESS and value is not None}
 
 
 def kept_teacher(settings: TeacherSettings, experiment: str, name: str, recipe: Sequence[Any]) -> Path:
@@ -41,6 +59,40 @@ def kept_teacher(settings: TeacherSettings, experiment: str, name: str, recipe: 
         )
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     return Path(settings.fit.folder) / f"{experiment}_{name}_{key}.safetensors"
+
+
+def keep(trained: Path, kept: Path) -> Path:
+    """Move a trained and scored teacher to where later runs find it, beside its hash; return where it is.
+
+    It stays where it is if another run has kept its own in the meantime.
+    """
+    if kept.exists():
+        return trained
+    content = trained.read_bytes()
+    write_atomically(_hash_file(kept), f"{hashlib.sha256(content).hexdigest()}  {kept.name}\n".encode())
+    write_atomically(kept, content)
+    trained.unlink()
+    log.info("teacher: kept as %s; later runs with the same settings use it", kept)
+    return kept
+
+
+def check_kept(kept: Path) -> None:
+    """Compare a kept teacher with the hash beside it.
+
+    Raises:
+        UserError: they differ, or there is none.
+    """
+    file = _hash_file(kept)
+    stated = file.read_text(encoding="utf-8").split()[:1] if file.is_file() else []
+    if stated != [sha256(kept)]:
+        raise UserError(
+            f"the kept teacher {kept} is damaged: its SHA-256 is not the one in {file.name} beside it; remove both "
+            "files to train it again, or give another teacher with teacher.weights=PATH"
+        )
+
+
+def _hash_file(kept: Path) -> Path:
+    return kept.with_name(f"{kept.name}.sha256")
 
 
 def load_teacher(network: Network, source: str | Path, license: str | None, license_policy: str) -> dict[str, Any]:

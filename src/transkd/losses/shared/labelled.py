@@ -1,5 +1,6 @@
 """What terms between the student's logits and the labels share: checks, class weights, a common size."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ def checked_weights(term: object, class_weights: Sequence[float] | str | None, r
     """Check the settings of a term between logits and labels, and return the class weights [K].
 
     Raises:
-        UserError: the weights are a rule and no numbers, or the resolution is unknown.
+        UserError: the weights are a rule and no numbers, negative or not finite, or the resolution is unknown.
     """
     check_choice(term, "resolution", resolution, RESOLUTIONS)
     if isinstance(class_weights, str):
@@ -30,7 +31,12 @@ def checked_weights(term: object, class_weights: Sequence[float] | str | None, r
             f"{name_of(term)}: class_weights={class_weights} is counted on the training labels by transkd.train; "
             "elsewhere give one number per class, see transkd.data.class_weights"
         )
-    return None if class_weights is None else torch.tensor([float(weight) for weight in class_weights])
+    if class_weights is None:
+        return None
+    given = [float(weight) for weight in class_weights]
+    if not (all(0 <= weight < math.inf for weight in given) and any(given)):
+        raise UserError(f"{name_of(term)}: class_weights must be numbers of at least 0, not all 0; got {given}.")
+    return torch.tensor(given)
 
 
 def labelled_logits(
