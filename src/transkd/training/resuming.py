@@ -36,7 +36,7 @@ HARMLESS = (
     "protocols",
     "keep_freed_memory", "compile", "compile_regions", "channels_last", "logger",
     "callbacks.progress", "callbacks.learning_rate", "callbacks.last", "callbacks.best",
-    "data.root", "data.num_workers", "data.eval_batch_size",
+    "data.root", "data.num_workers", "data.eval_batch_size", "data.cache", "data.augment",
     "student.checkpointing", "student.license",
     "teacher.weights", "teacher.license", "teacher.min_miou", "teacher.fit",
     *(f"trainer.{name}" for name in (
