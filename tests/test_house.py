@@ -14,7 +14,7 @@ ALLOWED = {
     "layers": {"layers", "errors"},
     "losses": {"losses", "layers", "errors", "outputs", "files"},
     "models": {"models", "layers", "errors", "outputs", "files", "transkd"},
-    "data": {"data", "errors", "outputs", "metrics"},
+    "data": {"data", "errors", "outputs", "metrics", "files"},
 }
 TORCH_ALONE = {"layers", "losses"}
 LINES, FUNCTION_LINES = 350, 60

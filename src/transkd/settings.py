@@ -15,6 +15,7 @@ from transkd.typed import Settings
 __all__ = [
     "EvaluateSettings",
     "ExportSettings",
+    "NetworkSettings",
     "PredictSettings",
     "StudentSettings",
     "TeacherSettings",
@@ -180,13 +181,28 @@ class EvaluateSettings(TrainSettings):
     weights: Text
 
 
+class NetworkSettings(Settings):
+    """Network of weights that do not say it; as ``student.network`` in training."""
+
+    name: Text | None = None
+    num_classes: Positive | None = None
+    head: Text | None = None
+    width: Positive | None = None
+    encoder: dict[str, Any] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    scale: Annotated[float, Field(gt=0)] = 1.0
+
+
 class PredictSettings(ProcessSettings):
     """``python -m transkd.predict``."""
 
     weights: Text
     input: Text
     output: Text = "predictions"
+    network: NetworkSettings = NetworkSettings()
     resize: bool = True
+    tile: Literal["auto"] | Annotated[int, Field(ge=128)] | None = "auto"
     opacity: Share = 0.5
     device: str = "auto"
 
@@ -195,6 +211,7 @@ class ExportSettings(ProcessSettings):
     """``python -m transkd.export``."""
 
     weights: Text
+    network: NetworkSettings = NetworkSettings()
     format: str
     output: Text
     images: Text | None = None

@@ -1,38 +1,145 @@
 """Images of a file, a folder or a glob, without labels."""
 
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
-from transkd.data.dataset import IMAGE_SUFFIXES, is_image
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from transkd.data.dataset import IMAGE_SUFFIXES, is_image, read_image
 from transkd.errors import UserError
+from transkd.files import check_regular_file
 
-__all__ = ["find_images"]
+__all__ = ["MOST_PIXELS", "OUTPUTS", "Found", "find_images", "read_photo"]
+
+OUTPUTS = ("ids", "colour", "overlay")
+"""Folders that predict writes; a folder that holds all three is an earlier output, whose images are not inputs."""
+
+FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow: those that start no other program
+MOST_PIXELS = 178_956_970
+"""Largest image, Pillow's own limit."""
+
+MODES = ("1", "CMYK", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr", "LAB", "HSV")
 
 
-def find_images(pattern: str) -> tuple[Path, list[Path]]:
-    """Find images, and the folder to which the names of their outputs are relative.
+class Found(NamedTuple):
+    """Images to read.
+
+    Attributes:
+        base: folder to which the names of their outputs are relative.
+        images: the images, sorted.
+        left_out: folders of an earlier output, which were not searched.
+        unreadable: messages about folders that could not be searched.
+    """
+
+    base: Path
+    images: list[Path]
+    left_out: list[Path]
+    unreadable: list[str]
+
+
+def find_images(pattern: str) -> Found:
+    """Find the images of a file, of a folder and the folders in it, or of a glob with ``*``, ``**``, ``?``, ``[…]``.
+
+    Links to folders are followed, each folder once. Names that exist are taken as they are, also with ``*``, ``?`` or
+    ``[`` in them.
 
     Raises:
         UserError: there are no images, or two have the same output name.
     """
-    path = Path(pattern)
-    if path.is_file():
-        return path.parent, [path]
-    if path.is_dir():
-        base, found = path, path.rglob("*")
-    else:
-        base = path.parent
-        while "*" in str(base):
-            base = base.parent
-        found = base.glob(str(path.relative_to(base)))
-    images = sorted(file for file in found if is_image(file))
-    if not images:
+    base = Path(pattern)
+    if os.path.lexists(base) and not os.path.isdir(base):
+        return Found(base.parent, [base], [], [])
+    while not os.path.isdir(base) and base != base.parent:
+        base = base.parent
+    parts = Path(pattern).parts[len(base.parts) :]
+    found = Found(base, [], [], [])
+    for folder, names in _walk(base, parts, found):
+        paths = [folder / name for name in names if is_image(Path(name))]
+        found.images.extend(path for path in paths if not parts or _matches(path.parts[len(base.parts) :], parts))
+    if not found.images:
         raise UserError(
             f"no images for input={pattern}: expected an image, a folder or a glob such as 'frames/*.png' "
-            f"({', '.join(IMAGE_SUFFIXES)})"
+            f"({', '.join(IMAGE_SUFFIXES)})" + "".join(f"; {message}" for message in found.unreadable[:1])
         )
+    found.images.sort()
     by_output: dict[Path, Path] = {}
-    for image in images:
+    for image in found.images:
         twin = by_output.setdefault(image.with_suffix(""), image)
         if twin is not image:
             raise UserError(f"{twin} and {image} would write the same output; rename one")
-    return base, images
+    return found
+
+
+def _walk(base: Path, parts: Sequence[str], found: Found) -> Iterator[tuple[Path, list[str]]]:
+    """Yield folders with the names of their files; real folders before links to them, each folder once."""
+    seen: set[str] = set()
+    waiting, links = [base], list[Path]()
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.pop(0)
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            found.unreadable.append(f"cannot read the folder {folder}: {error.strerror or error}")
+            continue
+        folders = [entry for entry in entries if entry.is_dir()]
+        outputs = {entry.name for entry in folders}.issuperset(OUTPUTS)
+        for entry in folders:
+            below = folder / entry.name
+            if outputs and entry.name in OUTPUTS:
+                found.left_out.append(below)
+            elif not parts or _leads(below.parts[len(base.parts) :], parts):
+                (links if entry.is_symlink() else waiting).append(below)
+        yield folder, [entry.name for entry in entries if not entry.is_dir()]
+
+
+def _leads(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a folder can contain matches of a glob."""
+    if not names or not pattern:
+        return not names
+    return pattern[0] == "**" or (fnmatchcase(names[0], pattern[0]) and _leads(names[1:], pattern[1:]))
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path matches a glob, both by their parts."""
+    if not pattern or not names:
+        return not names and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _matches(names, pattern[1:]) or _matches(names[1:], pattern)
+    return fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def read_photo(path: Path) -> npt.NDArray[np.uint8]:
+    """Read an image as RGB [H, W, 3].
+
+    Raises:
+        UserError: it is no regular file, no image, damaged, of more than 8 bits a channel, or larger than 179
+            megapixels.
+    """
+    check_regular_file(path, "image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is below
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                (width, height), mode = image.size, image.mode
+        except Image.DecompressionBombError as error:
+            raise UserError(f"{path} has more than {MOST_PIXELS // 10**6} megapixels; cut it into parts") from error
+        except Exception as error:  # damaged files raise many types of exceptions
+            raise UserError(f"cannot read the image {path}: damaged, truncated or not an image ({error})") from error
+        if width * height > MOST_PIXELS:
+            raise UserError(f"{path} has more than {MOST_PIXELS // 10**6} megapixels; cut it into parts")
+        if mode not in MODES:
+            raise UserError(f"{path} has pixels of mode {mode}; expected 8 bits a channel: convert it")
+        try:
+            return read_image(path)
+        except MemoryError as error:
+            raise UserError(f"{path}: not enough memory for {width}×{height} pixels; cut it into parts") from error
