@@ -188,7 +188,7 @@ class NetworkSettings(Settings):
     num_classes: Positive | None = None
     head: Text | None = None
     width: Positive | None = None
-    encoder: dict[str, Any] | None = None
+    encoder: dict[str, Any] = Field(default_factory=dict)
     mean: list[float] | None = None
     std: list[float] | None = None
     scale: Annotated[float, Field(gt=0)] = 1.0

@@ -20,7 +20,7 @@ __all__ = ["MOST_PIXELS", "OUTPUTS", "Found", "find_images", "read_photo"]
 OUTPUTS = ("ids", "colour", "overlay")
 """Folders that predict writes; a folder that holds all three is an earlier output, whose images are not inputs."""
 
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow: those that start no other program
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow: those that start no other program
 MOST_PIXELS = 178_956_970
 """Largest image, Pillow's own limit."""
 

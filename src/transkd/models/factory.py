@@ -93,13 +93,7 @@ def create_segmenter(
     if head not in HEADS:
         raise UserError(f"unknown head {head!r}; there are: {', '.join(HEADS)}")
     built = _create_encoder(recipe.encoder, {**recipe.args, **(encoder or {})})
-    try:
-        decoder = HEADS[head](built.channels, width or recipe.width, num_classes)
-    except WRONG_SIZES as error:
-        raise UserError(
-            f"the head {head} of {name} cannot have width={width or recipe.width} and {num_classes} classes on stages "
-            f"of {list(built.channels)} channels: {error}"
-        ) from error
+    decoder = _create_head(head, built.channels, width or recipe.width, num_classes, name)
     network = Segmenter(built, decoder, num_classes, mean, std, scale)
     network.name = name
     given = {"head": head, "width": width, "encoder": dict(encoder or {}), "scale": scale}
@@ -230,3 +224,13 @@ def _create_encoder(name: str, args: dict[str, Any]) -> Any:
         return ENCODERS[name](**args)
     except WRONG_SIZES as error:
         raise UserError(f"{name} does not take the arguments {args}: {error}") from error
+
+
+def _create_head(head: str, channels: Sequence[int], width: int, num_classes: int, name: str) -> nn.Module:
+    try:
+        return HEADS[head](channels, width, num_classes)
+    except WRONG_SIZES as error:
+        raise UserError(
+            f"the head {head} of {name} cannot have width={width} and {num_classes} classes on stages of "
+            f"{list(channels)} channels: {error}"
+        ) from error

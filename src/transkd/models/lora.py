@@ -170,7 +170,8 @@ def fold_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     folded = dict(tensors)
     for layer in [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]:
-        a, b, weight = (folded.pop(f"{layer}.{part}", None) for part in ("lora_a", "lora_b", "weight"))
+        a, b = (folded.pop(f"{layer}.{part}", None) for part in ("lora_a", "lora_b"))
+        weight = folded.get(f"{layer}.weight")
         if a is None or b is None or weight is None or not _fit(weight, a, b):
             raise UserError(
                 f"the low-rank terms of {layer} are damaged: expected lora_a and lora_b that fit its weight"
