@@ -199,7 +199,7 @@ def test_infinite_logits_are_named(call, tmp_path, weights, monkeypatch):
 
     def load(*arguments):
         network, card = broken(*arguments)
-        network.head.linear_pred.weight.data *= 1e38
+        network.head.linear_pred.weight.data.fill_(torch.inf)
         return network, card
 
     monkeypatch.setattr(predicting, "load_network", load)

@@ -125,11 +125,14 @@ def load_segmenter(source: str | Path | Weights, license: str | None = None) -> 
     if recipe is None:
         raise UserError(_unknown_network(weights))
     _check_recipe(recipe, weights)
-    if "recipe" in weights.card and _is_ours(recipe["name"]):
-        with torch.device("meta"):  # a damaged or foreign recipe must not take memory that its file does not fill
-            planned = create_segmenter(**recipe)
-        check_fit(planned.state_dict(), weights.tensors, planned, weights)
-    network = create_segmenter(**recipe)
+    try:
+        if "recipe" in weights.card and _is_ours(recipe["name"]):
+            with torch.device("meta"):  # a damaged or foreign recipe must not take memory that its file does not fill
+                planned = create_segmenter(**recipe)
+            check_fit(planned.state_dict(), weights.tensors, planned, weights)
+        network = create_segmenter(**recipe)
+    except UserError as error:
+        raise UserError(str(error) if weights.source in str(error) else f"{weights.source}: {error}") from error
     load_weights(network, weights, license=license)
     return network, weights.card
 

@@ -81,7 +81,7 @@ def test_an_index_leads_to_no_other_folder(theirs, tmp_path):
     theirs.save_pretrained(folder, max_shard_size="20KB")
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    for place in ("../secret.safetensors", "/etc/passwd", "", 5, None):
+    for place in ("../secret.safetensors", "/etc/passwd", "", "..", 5, None):
         path.write_text(json.dumps({"weight_map": {**index["weight_map"], "decode_head.classifier.bias": place}}))
         with pytest.raises(UserError, match=r"names '.*', expected a file of the folder|no weight_map"):
             load_segmenter(folder)
@@ -91,7 +91,8 @@ def test_a_hash_in_our_export_finds_damage(tmp_path):
     from transkd.models.storage.exporting import complete_card
     from transkd.models.storage.huggingface import write_huggingface
 
-    network = create_segmenter("segformer_b0", 3, width=8, encoder={"channels": [8, 16, 24, 32]}).eval()
+    encoder = {"channels": [8, 16, 24, 32], "heads": [1, 2, 3, 4]}
+    network = create_segmenter("segformer_b0", 3, width=8, encoder=encoder).eval()
     write_huggingface(network, complete_card(network, {}), tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
     load_segmenter(tmp_path / "hf")

@@ -185,7 +185,9 @@ def read_card(raw: Any, source: str) -> dict[str, Any]:
         reason = _printable(str(error))[:200]
     else:
         known = {key: value for key, value in card.items() if value is not None or key == "recipe"}
-        return known | {_printable(key): note for key, note in content.items() if _is_note(key, note)}
+        if ("mean" in known) == ("std" in known):
+            return known | {_printable(key): note for key, note in content.items() if _is_note(key, note)}
+        reason = "of mean and std it has one alone"
     raise UserError(
         f"{source}: the description of its network (its card) is damaged or not by transkd ({reason}); copy or "
         "download the file again"

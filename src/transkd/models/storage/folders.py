@@ -76,7 +76,7 @@ def _read_shards(folder: Path, index: Mapping[str, Any], source: str) -> dict[st
         raise UserError(f"{source}: the index of its weights has no weight_map of names to files; download it again")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
-        if Path(name).name != name:  # a path out of the folder
+        if name in ("", ".", "..") or Path(name).name != name:  # a path out of the folder
             raise UserError(f"{source}: the index of its weights names {name!r}, expected a file of the folder")
         part = tensors_in(read_tensor_file(folder / name)[0], folder / name)
         tensors |= {tensor: part[tensor] for tensor, place in places.items() if place == name and tensor in part}

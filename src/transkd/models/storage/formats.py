@@ -200,13 +200,16 @@ def guess_segformer(tensors: Mapping[str, Tensor]) -> tuple[str | None, int | No
     channels, depths = [], []
     for i in range(1, STAGES + 1):
         projection = tensors.get(f"encoder.patch_embed{i}.proj.weight")
-        channels.append(len(projection) if projection is not None else 0)
+        channels.append(_rows(projection) or 0)
         depths.append(len({name.split(".")[2] for name in tensors if name.startswith(f"encoder.block{i}.")}))
     encoders = {(sizes["channels"], sizes["depths"]): name for name, sizes in VARIANTS.items()}
     encoder = encoders.get((tuple(channels), tuple(depths)))
     name = next((name for name, recipe in SEGMENTERS.items() if recipe.encoder == encoder), None)
-    classifier = tensors.get("head.linear_pred.weight")
-    return name, len(classifier) if classifier is not None else None
+    return name, _rows(tensors.get("head.linear_pred.weight"))
+
+
+def _rows(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.ndim == 0 else len(tensor)
 
 
 # Parts of tensor names that identify the kind of network in a file of another library.

@@ -126,7 +126,8 @@ def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], network
     problems += [f"{name}: not in the network" for name in got if name not in expected]
     if not problems:
         return
-    if len(problems) == len(differing) and all(name.startswith(CLASSIFIERS) for name in differing):
+    classifiers = all(name.startswith(CLASSIFIERS) and got[name].ndim == expected[name].ndim for name in differing)
+    if len(problems) == len(differing) and classifiers:
         raise UserError(
             f"{weights.source} has {len(got[differing[0]])} classes, {network.name} was built for "
             f"{network.num_classes}: {problems[0]}. For a student with a new classifier set student.classifier=new; "

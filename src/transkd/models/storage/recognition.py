@@ -60,7 +60,7 @@ def recognise(source: str, tensors: Mapping[str, Tensor], license: str | None = 
         kind, renamed = rename_to_ours(tensors)
         name, classes = guess_segformer(renamed)
         fuse = renamed.get("head.linear_fuse.conv.weight")
-        width = None if fuse is None else len(fuse)
+        width = None if fuse is None else fuse.shape[0]
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
