@@ -27,7 +27,7 @@ from transkd.models.storage.sources import Weights, read_weights
 __all__ = ["ENCODERS", "HEADS", "create_segmenter", "load_segmenter"]
 
 
-WRONG_SIZES = (TypeError, ValueError, IndexError, ArithmeticError, AssertionError, RuntimeError)
+WRONG_SIZES = (TypeError, ValueError, IndexError, ArithmeticError, AssertionError, RuntimeError, StopIteration)
 """What constructors raise for sizes that do not go together."""
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {

@@ -99,8 +99,8 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
         _check_argument(value)
         if key in DEPTHS:
             counts = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
-            if sum(counts) > MOST_BLOCKS:
-                raise ValueError(f"expected at most {MOST_BLOCKS} blocks")
+            if sum(counts) > MOST_BLOCKS or min(counts, default=0) < 0:
+                raise ValueError(f"expected 0 to {MOST_BLOCKS} blocks")
     return values
 
 
