@@ -226,7 +226,7 @@ def _create_encoder(name: str, args: dict[str, Any]) -> Any:
     try:
         return ENCODERS[name](**args)
     except WRONG_SIZES as error:
-        raise UserError(f"{name} does not take the arguments {args}: {error}") from error
+        raise UserError(f"{name} does not take the arguments {args}: {_first_line(error)}") from error
 
 
 def _create_head(head: str, channels: Sequence[int], width: int, num_classes: int, name: str) -> nn.Module:
@@ -235,5 +235,9 @@ def _create_head(head: str, channels: Sequence[int], width: int, num_classes: in
     except WRONG_SIZES as error:
         raise UserError(
             f"the head {head} of {name} cannot have width={width} and {num_classes} classes on stages of "
-            f"{list(channels)} channels: {error}"
+            f"{list(channels)} channels: {_first_line(error)}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
