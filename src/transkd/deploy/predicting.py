@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
+from transkd.data.geometry import ImageTransform
 from transkd.data.images import MOST_PIXELS, OUTPUTS, find_images, read_photo
 from transkd.deploy.loading import load_network
 from transkd.deploy.tiling import finite_logits, segment_in_tiles
 from transkd.errors import UserError
+from transkd.layers import restored
 from transkd.layers.upsampling import upsampled_argmax
 from transkd.models import Segmenter
 from transkd.models.storage.resizing import Step, resize_steps, resized
@@ -26,26 +28,31 @@ MOST_NAMED = 20  # of the images that failed, in the last line
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # what the next image meets too
 
 
-def segment(network: Segmenter, image: Pixels, transform: Any = None, tile: int | str | None = None) -> Pixels:
-    """Predict class ids [H, W] of an image [H, W, 3]; they have the image's size also if the transform resizes it.
+def segment(
+    network: Segmenter, image: Pixels, transform: ImageTransform | None = None, tile: int | str | None = None
+) -> Pixels:
+    """Predict class ids [H, W] of an image [H, W, 3], at the image's own pixels whatever the transform does to it.
 
     Args:
         network: in eval mode.
         image: RGB uint8.
-        transform: Albumentations transform for the network's input.
+        transform: for the network's input; what pads or turns the image is predicted as a whole.
         tile: side of overlapping tiles for inputs that are larger, see ``segment_in_tiles``; "auto": 1024 for inputs
             above 4 megapixels; None: never.
 
     Raises:
         UserError: the logits are not finite.
     """
-    pixels = transform(image=image)["image"] if transform is not None else image
+    pixels, place = transform(image) if transform is not None else (image, None)
     height, width = pixels.shape[:2]
     if tile == "auto":
         tile = AUTO_TILE if height * width > WHOLE else None
-    if isinstance(tile, int) and max(height, width) > tile:
+    if isinstance(tile, int) and max(height, width) > tile and place is None:
         return segment_in_tiles(network, pixels, image.shape[:2], tile)
-    ids: Pixels = upsampled_argmax(finite_logits(network, pixels), image.shape[:2])[0].to(torch.uint8).cpu().numpy()
+    logits = finite_logits(network, pixels)
+    if place is not None:
+        logits = restored(logits, place[None].to(logits.device), image.shape[:2])
+    ids: Pixels = upsampled_argmax(logits, image.shape[:2])[0].to(torch.uint8).cpu().numpy()
     return ids
 
 
@@ -103,10 +110,10 @@ def _segment_file(
     save_image(overlay(pixels, colours, settings.opacity), target["overlay"])
 
 
-def _transform(steps: list[Step]) -> Any:
+def _transform(steps: list[Step]) -> ImageTransform | None:
     import albumentations as A
 
-    return A.Compose([getattr(A, name)(**values) for name, values in steps]) if steps else None
+    return ImageTransform(A.Compose([getattr(A, name)(**values) for name, values in steps])) if steps else None
 
 
 def _target(output: Path, base: Path, image: Path) -> dict[str, Path]:

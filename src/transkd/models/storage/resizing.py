@@ -1,7 +1,7 @@
 """The resizing that a card's ``eval_transform`` describes, as checked values."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,8 +30,31 @@ class _MaxSize(_Values):
     p: Annotated[float, Field(ge=1, le=1)] = 1.0
 
 
-STEPS: dict[str, type[_Values]] = {"Resize": _Resize, "SmallestMaxSize": _MaxSize, "LongestMaxSize": _MaxSize}
-"""Transforms of Albumentations that are taken from a card: those that keep every pixel in its relative place."""
+class _Pad(_Values):
+    min_height: Side | None = None
+    min_width: Side | None = None
+    pad_height_divisor: Side | None = None
+    pad_width_divisor: Side | None = None
+    position: Literal["center", "top_left", "top_right", "bottom_left", "bottom_right"] = "center"
+    border_mode: Annotated[int, Field(ge=0, le=4)] = 0
+    fill: float | Annotated[list[float], Field(max_length=3)] = 0
+    p: Annotated[float, Field(ge=1, le=1)] = 1.0
+
+
+class _Crop(_Values):
+    height: Side
+    width: Side
+    p: Annotated[float, Field(ge=1, le=1)] = 1.0
+
+
+STEPS: dict[str, type[_Values]] = {
+    "Resize": _Resize,
+    "SmallestMaxSize": _MaxSize,
+    "LongestMaxSize": _MaxSize,
+    "PadIfNeeded": _Pad,
+    "CenterCrop": _Crop,
+}
+"""Transforms of Albumentations that are taken from a card."""
 
 Step = tuple[str, dict[str, Any]]
 """Name of a transform in Albumentations and its arguments."""
@@ -77,7 +100,7 @@ def _refusal(what: str) -> str:
 
 
 def resized(size: tuple[int, int], steps: Sequence[Step]) -> tuple[int, int]:
-    """Height and width of an image after the steps.
+    """Height and width of an image after the steps, at most.
 
     Example:
         >>> resized((1080, 1920), [("SmallestMaxSize", {"max_size": 512})])
@@ -87,7 +110,10 @@ def resized(size: tuple[int, int], steps: Sequence[Step]) -> tuple[int, int]:
     for name, values in steps:
         if name == "Resize":
             height, width = values["height"], values["width"]
-        else:
+        elif name == "PadIfNeeded":
+            height = max(height + (values["pad_height_divisor"] or 0), values["min_height"] or 0)
+            width = max(width + (values["pad_width_divisor"] or 0), values["min_width"] or 0)
+        elif name.endswith("MaxSize"):
             side = min(height, width) if name == "SmallestMaxSize" else max(height, width)
             scale = values["max_size"] / side
             height, width = max(1, round(scale * height)), max(1, round(scale * width))
