@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from transkd import predict
+from transkd.data.geometry import ImageTransform
 from transkd.data.images import find_images, read_photo
 from transkd.deploy import predicting, tiling
 from transkd.deploy.predicting import choose_device, segment
@@ -312,7 +313,7 @@ def test_tiles_at_another_size_than_the_images(monkeypatch):
     import albumentations as A
 
     image = np.random.default_rng(0).integers(0, 256, (150, 201, 3), dtype=np.uint8)
-    network, transform = local(), A.Resize(601, 811)
+    network, transform = local(), ImageTransform(A.Compose([A.Resize(601, 811)]))
     monkeypatch.setattr(tiling, "AT_ONCE", 1000)  # rows in many parts
     whole, tiled = segment(network, image, transform), segment(network, image, transform, tile=512)
     assert whole.shape == tiled.shape == (150, 201)
