@@ -26,7 +26,7 @@ from transkd.errors import UserError
 from transkd.files import sha256
 from transkd.models import Segmenter, load_segmenter
 from transkd.models.inherit.families import stages_of
-from transkd.models.storage.exported import plain_resize
+from transkd.models.storage.resizing import plain_resize
 
 SHAPE = ("student.network.encoder.channels", "student.network.encoder.depths")
 """Settings whose values the table shows as the network has them."""

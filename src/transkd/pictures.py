@@ -1,6 +1,7 @@
 """Coloured label maps, overlays, comparison sheets and training curves."""
 
 import csv
+import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from colorsys import hsv_to_rgb
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from transkd.data.classes import CLASS_SETS
+from transkd.files import write_atomically
 
 __all__ = ["colourise", "draw_curves", "overlay", "palette_of", "save_sheet"]
 
@@ -39,7 +41,11 @@ def colourise(label: Pixels, palette: Sequence[Sequence[int]]) -> Pixels:
 
 def overlay(image: Pixels, colours: Pixels, opacity: float = 0.5) -> Pixels:
     """Blend an image [H, W, 3] with colours of the same size."""
-    return (image * (1 - opacity) + colours * opacity).round().astype(np.uint8)
+    blended = np.empty_like(image)
+    for i in range(0, len(image), 256):  # float64 for a part of the rows at a time
+        rows = slice(i, i + 256)
+        blended[rows] = (image[rows] * (1 - opacity) + colours[rows] * opacity).round()
+    return blended
 
 
 def save_sheet(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], path: Path, title: str = "") -> None:
@@ -97,6 +103,11 @@ def draw_curves(metrics: Path, path: Path) -> None:
 
 
 def save_image(pixels: Pixels, path: Path) -> None:
-    """Save an image or a map of class ids."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    """Save an image or a map of class ids as PNG, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG")
+    write_atomically(path, content.getbuffer(), sync=False)

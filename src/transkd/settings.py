@@ -16,6 +16,7 @@ __all__ = [
     "CheckSettings",
     "EvaluateSettings",
     "ExportSettings",
+    "NetworkSettings",
     "PredictSettings",
     "StudentSettings",
     "TeacherSettings",
@@ -228,13 +229,28 @@ class CheckSettings(TrainSettings):
     steps: Positive = 3
 
 
+class NetworkSettings(Settings):
+    """Network of weights that do not say it; as ``student.network`` in training."""
+
+    name: Text | None = None
+    num_classes: Positive | None = None
+    head: Text | None = None
+    width: Positive | None = None
+    encoder: dict[str, Any] = Field(default_factory=dict)
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    scale: Annotated[float, Field(gt=0)] = 1.0
+
+
 class PredictSettings(ProcessSettings):
     """``python -m transkd.predict``."""
 
     weights: Text
     input: Text
     output: Text = "predictions"
+    network: NetworkSettings = NetworkSettings()
     resize: bool = True
+    tile: Literal["auto"] | Annotated[int, Field(ge=128)] | None = "auto"
     opacity: Share = 0.5
     archive: Literal["cityscapes", "acdc"] | None = None
     device: str = "auto"
@@ -244,6 +260,7 @@ class ExportSettings(ProcessSettings):
     """``python -m transkd.export``."""
 
     weights: Text
+    network: NetworkSettings = NetworkSettings()
     format: str
     output: Text
     images: Text | None = None

@@ -194,7 +194,7 @@ def test_files_that_are_none(tmp_path, read):
     for path, message in (
         (empty, r"cannot read the .*empty\.png: damaged, .*the file is empty, 0 bytes"),
         (loop, r"cannot read the .*loop\.png: the link leads back to itself"),
-        (folder, r"cannot read the .*folder\.png: it is a folder, expected a file"),
+        (folder, r"folder\.png is a folder, not a regular file"),
         (tmp_path / "none.png", r"not found: .*none\.png"),
     ):
         with pytest.raises(UserError, match=message) as caught:
@@ -233,7 +233,7 @@ def test_the_images_of_a_folder(tmp_path):
     (inside / "link").symlink_to(outside)
     (inside / "sub" / "loop").symlink_to(inside)
     expected = ["a.JPG", "link/c.webp", "sub/b.Png"]
-    assert [os.path.relpath(path, inside) for path in find_images(str(inside))[1]] == expected
-    assert [path.name for path in find_images(f"{inside}/*")[1]] == ["a.JPG"]
+    assert [os.path.relpath(path, inside) for path in find_images(str(inside)).images] == expected
+    assert [path.name for path in find_images(f"{inside}/*").images] == ["a.JPG"]
     with pytest.raises(UserError, match="no images for input="):
         find_images(f"{inside}/**/d.png")

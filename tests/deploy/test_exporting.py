@@ -238,8 +238,8 @@ def test_the_card_survives_in_every_format(exported, network, form):
 @pytest.mark.parametrize("form", ["onnx", "safetensors", pytest.param("torch", marks=pytest.mark.slow)])
 def test_preprocessing_lies_beside_a_file(exported, network, form):
     folder = exported(form).parent
-    assert sorted(path.name for path in folder.iterdir()) == sorted([NAMES[form], "student.preprocess.json"])
-    said = json.loads((folder / "student.preprocess.json").read_text())
+    assert sorted(path.name for path in folder.iterdir()) == sorted([NAMES[form], f"{NAMES[form]}.preprocess.json"])
+    said = json.loads((folder / f"{NAMES[form]}.preprocess.json").read_text())
     assert said["model"] == NAMES[form]
     assert said["input"]["channels"] == "RGB"
     assert said["input"]["minimum_size"] == ([64, 64] if form == "torch" else [32, 32])
@@ -330,7 +330,7 @@ def test_not_a_number_is_a_difference(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["safetensors", "hf"])
 def test_output_below_a_file(run, tmp_path, monkeypatch, form):
-    monkeypatch.setattr("transkd.deploy.exporting.load_segmenter", None)  # said before anything is loaded
+    monkeypatch.setattr("transkd.deploy.exporting.load_network", None)  # said before anything is loaded
     (tmp_path / "file").touch()
     message = run(form, output=tmp_path / "file" / "deeper" / "student")
     assert message.startswith("error: cannot write")
@@ -342,7 +342,7 @@ def test_output_in_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("transkd.deploy.exporting.load_segmenter", None)
+    monkeypatch.setattr("transkd.deploy.exporting.load_network", None)
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
     assert "student.safetensors: Permission denied" in run("safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -455,7 +455,10 @@ def test_the_command_line(source, tmp_path):
     done = command("format=safetensors", "output=deeper/student.safetensors")
     assert done.returncode == 0, done.stderr
     assert "wrote" in done.stdout
-    assert sorted(p.name for p in (tmp_path / "deeper").iterdir()) == ["student.preprocess.json", "student.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "deeper").iterdir()) == [
+        "student.safetensors",
+        "student.safetensors.preprocess.json",
+    ]
 
     done = command("format=safetensors", "output=deeper/student.safetensors/below")
     assert done.returncode == 1

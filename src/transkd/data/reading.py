@@ -5,6 +5,7 @@ label with `read_stored`.
 """
 
 import errno
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,15 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from transkd.errors import UserError
+from transkd.files import check_regular_file
 
-__all__ = ["Stored", "read_image", "read_oriented", "read_size", "read_stored", "turn"]
+__all__ = ["MOST_PIXELS", "Stored", "read_image", "read_oriented", "read_size", "read_stored", "turn"]
 
 Array = npt.NDArray[Any]
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow: those that start no other program
+MOST_PIXELS = 178_956_970
+"""Largest image, Pillow's own limit."""
 
 ORIENTATION = 0x0112  # tag of EXIF and TIFF
 SWAPPED = (5, 6, 7, 8)  # orientations that exchange height and width
@@ -113,18 +119,27 @@ def turn(pixels: Array, orientation: int) -> Array:
 def _opened(path: str | Path, what: str) -> Iterator[Image.Image]:
     """Open a file with Pillow; errors until the end of the block are one line with the file's name."""
     try:
-        with Image.open(path) as image:
+        if Path(path).exists():
+            check_regular_file(path, what)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is below
+            image = Image.open(path, formats=FORMATS)
+        with image:
+            if image.size[0] * image.size[1] > MOST_PIXELS:
+                raise Image.DecompressionBombError
             yield image
     except UserError:
         raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path} has more than {MOST_PIXELS // 10**6} megapixels; cut it into parts") from error
+    except MemoryError as error:
+        raise UserError(f"cannot read the {what} {path}: not enough memory; cut it into parts") from error
     except FileNotFoundError as error:
         raise UserError(f"{what} not found: {path}") from error
     except PermissionError as error:
         raise UserError(
             f"cannot read the {what} {path}: no permission; change it or run as the file's owner"
         ) from error
-    except IsADirectoryError as error:
-        raise UserError(f"cannot read the {what} {path}: it is a folder, expected a file") from error
     except Exception as error:  # damaged files raise many types of exceptions
         raise UserError(f"cannot read the {what} {path}: {_reason(path, error)}") from error
 

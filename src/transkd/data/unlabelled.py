@@ -34,7 +34,7 @@ def find_unlabelled(pattern: str) -> list[Pair]:
         UserError: there are none.
     """
     try:
-        return [Pair(image, None) for image in find_images(pattern)[1]]
+        return [Pair(image, None) for image in find_images(pattern).images]
     except UserError as error:
         raise UserError(str(error).replace("input=", "data.unlabelled=")) from error
 

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from transkd.data.dataset import read_image
 from transkd.data.images import find_images
+from transkd.data.reading import read_image
 from transkd.data.synthetic import draw_scene
+from transkd.deploy.loading import load_network
 from transkd.deploy.parity import Images, check_parity
 from transkd.deploy.staging import beside, staged, writing
 from transkd.errors import UserError
-from transkd.models import load_segmenter
+from transkd.files import sha256
 from transkd.models.storage.exporting import FORMATS, Format, complete_card
 from transkd.models.storage.lineage import check_license_policy, describe_lineage
 from transkd.pictures import Pixels
@@ -54,7 +55,7 @@ def write_checked(settings: ExportSettings, path: Path) -> str:
         )
     _check_packages(settings.format, form)
 
-    network, source_card = load_segmenter(settings.weights, settings.license)
+    network, source_card = load_network(settings.weights, settings.network, settings.license)
     check_license_policy(network.lineage, settings.license_policy, settings.weights)
     network.eval()
     card = complete_card(network, source_card)
@@ -63,7 +64,7 @@ def write_checked(settings: ExportSettings, path: Path) -> str:
     with writing(Path(settings.output)):
         form.write(network.fuse() if settings.fuse else network, card, path, **options)
         if settings.format != "hf":  # hf describes it in preprocessor_config.json
-            content = json.dumps(_preprocessing(path.name, settings.format, form, card), indent=2) + "\n"
+            content = json.dumps(_preprocessing(path, settings.format, form, card), indent=2) + "\n"
             beside(path).write_text(content, encoding="utf-8")
     exported = form.open(path)
     check_parity(network, exported.run, images, form.minimum, settings.tolerance, settings.format)
@@ -80,10 +81,11 @@ def _check_packages(name: str, form: Format) -> None:
             raise UserError(f"format={name} needs the package {package}: pip install 'transkd[export]'")
 
 
-def _preprocessing(name: str, format: str, form: Format, card: dict[str, Any]) -> dict[str, Any]:
+def _preprocessing(path: Path, format: str, form: Format, card: dict[str, Any]) -> dict[str, Any]:
     """Describe inputs, preprocessing and outputs for programs that run the network."""
     return {
-        "model": name,
+        "model": path.name,
+        "sha256": sha256(path),
         "format": format,
         "input": {
             "name": "image",
@@ -113,7 +115,7 @@ def _real_images(pattern: str | None, minimum: int) -> Images:
     if pattern is None:
         return [("drawn scene", draw_scene(np.random.default_rng(0), 192, 384, "rain")[0])]
     try:
-        _, paths = find_images(pattern)
+        paths = find_images(pattern).images
     except UserError as error:
         raise UserError(str(error).replace("input=", "images=")) from error
     chosen = paths[:: -(-len(paths) // REAL_IMAGES)]

@@ -84,4 +84,4 @@ def _replace(new: Path, target: Path, aside: Path) -> None:
 
 def beside(output: Path) -> Path:
     """Path of the file that describes the preprocessing."""
-    return output.with_suffix(".preprocess.json")
+    return output.with_name(f"{output.name}.preprocess.json")

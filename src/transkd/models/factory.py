@@ -1,5 +1,7 @@
 """Build networks by name."""
 
+import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -7,22 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from transkd.errors import UserError
 from transkd.models.catalog import SEGMENTERS, Recipe
 from transkd.models.encoders.lvt import LiteVisionTransformer
-from transkd.models.encoders.mit import VARIANTS
+from transkd.models.encoders.mit import VARIANTS, MixTransformer
 from transkd.models.encoders.timm_encoder import TimmEncoder
 from transkd.models.heads import DeepLabV3PlusHead, SegformerHead, SemanticFPNHead
 from transkd.models.segmenter import Segmenter
 from transkd.models.storage.formats import looks_like
 from transkd.models.storage.lineage import CODE, RANDOM
-from transkd.models.storage.loading import load_weights
+from transkd.models.storage.loading import check_fit, load_weights
 from transkd.models.storage.sources import Weights, read_weights
 
 __all__ = ["ENCODERS", "HEADS", "create_segmenter", "load_segmenter"]
 
+
+WRONG_SIZES = (TypeError, ValueError, IndexError, ArithmeticError, AssertionError, RuntimeError, StopIteration)
+"""What constructors raise for sizes that do not go together."""
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(timm.create_model, name, num_classes=0) for name in VARIANTS},
@@ -87,7 +93,7 @@ def create_segmenter(
     if head not in HEADS:
         raise UserError(f"unknown head {head!r}; there are: {', '.join(HEADS)}")
     built = _create_encoder(recipe.encoder, {**recipe.args, **(encoder or {})})
-    decoder = HEADS[head](built.channels, width or recipe.width, num_classes)
+    decoder = _create_head(head, built.channels, width or recipe.width, num_classes, name)
     network = Segmenter(built, decoder, num_classes, mean, std, scale)
     network.name = name
     given = {"head": head, "width": width, "encoder": dict(encoder or {}), "scale": scale}
@@ -117,14 +123,89 @@ def load_segmenter(source: str | Path | Weights, license: str | None = None) -> 
     weights = source if isinstance(source, Weights) else read_weights(source)
     recipe = weights.recipe
     if recipe is None:
-        what = looks_like(weights.tensors)
-        raise UserError(
-            f"{weights.source} does not say which network it contains{f' (it looks like {what})' if what else ''}; "
-            "give the network: student=… on the command line, create_segmenter(name, num_classes, weights=…) in Python"
-        )
-    network = create_segmenter(**recipe)
+        raise UserError(_unknown_network(weights))
+    _check_recipe(recipe, weights)
+    try:
+        if "recipe" in weights.card and _is_ours(recipe["name"]):
+            with torch.device("meta"):  # a damaged or foreign recipe must not take memory that its file does not fill
+                planned = create_segmenter(**recipe)
+            check_fit(planned.state_dict(), weights.tensors, planned, weights)
+        network = create_segmenter(**recipe)
+    except UserError as error:
+        raise UserError(str(error) if weights.source in str(error) else f"{weights.source}: {error}") from error
     load_weights(network, weights, license=license)
     return network, weights.card
+
+
+def _unknown_network(weights: Weights) -> str:
+    if "recipe" in weights.card:  # null: saved from a module, not from create_segmenter
+        return (
+            f"{weights.source} does not say which network it contains: it holds the tensors of "
+            f"{weights.card.get('name')}, a module that a _target_ built, and no code. predict and export cannot take "
+            "it; evaluate takes it with the same student=…, and load_weights(network, file) in Python"
+        )
+    what = looks_like(weights.tensors)
+    return (
+        f"{weights.source} does not say which network it contains{f' (it looks like {what})' if what else ''}; give "
+        "the network: network.name=… network.num_classes=… to predict and export, with +network.encoder.channels=[…] "
+        "and so on for sizes of your own, student=… to evaluate, create_segmenter(name, num_classes, weights=…) in "
+        "Python"
+    )
+
+
+# Arguments that a file may give to an encoder of timm: sizes and rates. timm's own arguments, such as checkpoint_path
+# or pretrained_cfg, open and fetch files.
+# fmt: off
+TIMM_ARGUMENTS = frozenset((
+    "act_layer", "always_partition", "attn_drop_rate", "avg_down", "base_width", "block_size", "cardinality",
+    "channels", "conv_mlp", "depth", "depths", "dim", "dims", "drop_block_rate", "drop_path_rate", "drop_rate",
+    "dynamic_img_pad", "dynamic_img_size", "embed_dim", "embed_dims", "expand_ratio", "expansion", "group_size",
+    "groups", "head_dim", "heads", "hidden_dims", "img_size", "kernel_size", "kernel_sizes", "layers", "linear",
+    "ls_init_value", "mlp_ratio", "mlp_ratios", "norm_eps", "norm_layer", "num_blocks", "num_heads", "out_chs",
+    "output_stride", "patch_size", "pos_drop_rate", "proj_drop_rate", "qk_norm", "qkv_bias", "ratios", "sr_ratios",
+    "stem_chs", "stem_size", "stem_type", "stem_width", "strict_img_size", "strides", "use_rel_pos", "width",
+    "widths", "window_ratio", "window_size",
+))
+# fmt: on
+NOT_TAKEN = re.compile(r"pretrained|checkpoint|weight|file|url|hub|cfg|cache|dir|load|(?<!drop_)path")
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a network's encoder is one of this package or of timm, and not of a plugin."""
+    encoder = SEGMENTERS[name].encoder if name in SEGMENTERS else name
+    return encoder not in ENCODERS or encoder in {*VARIANTS, "lvt"}
+
+
+def _check_recipe(recipe: Mapping[str, Any], weights: Weights) -> None:
+    """Check the names and arguments that a file gives for its network.
+
+    Raises:
+        UserError: a plugin is missing, or an argument is not among those that are taken from a file.
+    """
+    name, head = recipe["name"], recipe.get("head")
+    known = name in {*SEGMENTERS, *ENCODERS} or timm.is_model(name)
+    plugins = weights.card.get("plugins")
+    if plugins and not (known and (head is None or head in HEADS)):
+        raise UserError(
+            f"{weights.source} holds the network {name} of the plugin {', '.join(plugins)}, which is not imported, and "
+            f"a file imports nothing: set plugins=[{','.join(plugins)}], in Python import it first"
+        )
+    given = recipe.get("encoder") or {}
+    encoder = SEGMENTERS[name].encoder if name in SEGMENTERS else name
+    if encoder not in ENCODERS:
+        allowed = TIMM_ARGUMENTS
+    else:
+        takes = inspect.signature(MixTransformer if encoder in VARIANTS else ENCODERS[encoder]).parameters
+        allowed = frozenset(
+            key for key in takes if key not in ("num_classes", "in_chans") and not NOT_TAKEN.search(key)
+        )
+    refused = next((key for key in given if key not in allowed), None)
+    if refused is not None:
+        raise UserError(
+            f"{weights.source}: the argument {refused} of its encoder is not taken from a file; give the network: "
+            f"network.name={name} +network.encoder.{refused}=… to predict and export, create_segmenter(…, weights=…) "
+            "in Python"
+        )
 
 
 def _check_name(name: str) -> None:
@@ -144,5 +225,19 @@ def _create_encoder(name: str, args: dict[str, Any]) -> Any:
         return TimmEncoder(name, **args)
     try:
         return ENCODERS[name](**args)
-    except TypeError as error:
-        raise UserError(f"{name} does not take the arguments {args}: {error}") from error
+    except WRONG_SIZES as error:
+        raise UserError(f"{name} does not take the arguments {args}: {_first_line(error)}") from error
+
+
+def _create_head(head: str, channels: Sequence[int], width: int, num_classes: int, name: str) -> nn.Module:
+    try:
+        return HEADS[head](channels, width, num_classes)
+    except WRONG_SIZES as error:
+        raise UserError(
+            f"the head {head} of {name} cannot have width={width} and {num_classes} classes on stages of "
+            f"{list(channels)} channels: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

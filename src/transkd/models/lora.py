@@ -159,6 +159,9 @@ def fold_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         tensors: a network's ``state_dict``, with or without low-rank terms.
 
+    Raises:
+        UserError: a low-rank term is incomplete or does not fit its layer.
+
     Example:
         >>> layer = {"fc.weight": torch.zeros(2, 3), "fc.lora_a": torch.ones(1, 4, 3), "fc.lora_b": torch.ones(1, 2, 4)}
         >>> fold_lora(layer)
@@ -167,9 +170,22 @@ def fold_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     folded = dict(tensors)
     for layer in [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]:
-        a, b = folded.pop(f"{layer}.lora_a"), folded.pop(f"{layer}.lora_b")
-        folded[f"{layer}.weight"] = _sum(folded[f"{layer}.weight"], a, b)
+        a, b = (folded.pop(f"{layer}.{part}", None) for part in ("lora_a", "lora_b"))
+        weight = folded.get(f"{layer}.weight")
+        if a is None or b is None or weight is None or not _fit(weight, a, b):
+            raise UserError(
+                f"the low-rank terms of {layer} are damaged: expected lora_a and lora_b that fit its weight"
+            )
+        folded[f"{layer}.weight"] = _sum(weight, a, b)
     return folded
+
+
+def _fit(weight: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether types and shapes are those of a layer and its terms: A [P, r, in], B [P, out, r], W [P·out, in]."""
+    if not (weight.is_floating_point() and weight.dtype == a.dtype == b.dtype and a.ndim == b.ndim == 3):
+        return False
+    parts, rank, columns = a.shape
+    return b.shape == (parts, b.shape[1], rank) and weight.shape == (parts * b.shape[1], columns)
 
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def calibration_images(
         paths = [pair.image for pair in data.dataset("train").pairs]
     else:
         try:
-            paths = find_images(folder)[1]
+            paths = find_images(folder).images
         except UserError as error:
             raise UserError(str(error).replace("input=", "student.solve.folder=")) from error
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -13,7 +13,7 @@ from transkd.layers.attention import attend
 from transkd.layers.patch_embedding import OverlapPatchEmbedding, init_vision_weights
 from transkd.layers.token_linear import TokenLinear
 from transkd.models.encoders.drop_path import DropPath
-from transkd.models.encoders.mit import check_size, to_tokens
+from transkd.models.encoders.mit import check_heads, check_size, to_tokens
 
 __all__ = ["LiteVisionTransformer"]
 
@@ -42,6 +42,7 @@ class ConvolutionalAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
+        check_heads(channels, heads)
         self.heads = heads
         self.scale = (channels // heads) ** -0.5
         positions = self.KERNEL**2
@@ -79,6 +80,7 @@ class AtrousAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int, reduction: int) -> None:
         super().__init__()
+        check_heads(channels, heads)
         self.heads = heads
         self.q = TokenLinear(channels, channels, bias=False)
         self.atrous = nn.Conv2d(channels, channels, 3, groups=channels, bias=False)

@@ -32,6 +32,16 @@ def check_size(name: str, image: Tensor) -> None:
         )
 
 
+def check_heads(channels: int, heads: int) -> None:
+    """Check that a stage's channels can be split over its attention heads.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if heads < 1 or channels % heads:
+        raise UserError(f"a stage of {channels} channels cannot have {heads} attention heads: expected a divisor")
+
+
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """View tokens [B, N, C] as a map [B, C, H, W]; no copy, the map is channels-last in memory."""
     # reshape before permute: a batch of one then also has channels-last strides, which convolutions check
@@ -48,6 +58,7 @@ class EfficientAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int, reduction: int) -> None:
         super().__init__()
+        check_heads(channels, heads)
         self.heads = heads
         self.q = TokenLinear(channels, channels)
         self.kv = TokenLinear(channels, 2 * channels)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["Card", "Exported", "Format", "count_parameters", "plain_resize"]
+__all__ = ["Card", "Exported", "Format", "count_parameters"]
 
 Card = dict[str, Any]
 
@@ -43,21 +43,6 @@ class Format(NamedTuple):
     normalises: bool = False
     counts: str = "parameters"
     suffix: str = ""
-
-
-def plain_resize(transform: Card | None) -> tuple[int, int] | None:
-    """Return height and width if a serialised Albumentations transform is only a resize, otherwise None.
-
-    Example:
-        >>> import albumentations as A
-        >>> plain_resize(A.Compose([A.Resize(180, 240)]).to_dict())
-        (180, 240)
-    """
-    step = (transform or {}).get("transform", {})
-    while len(step.get("transforms", [])) == 1:
-        step = step["transforms"][0]
-    is_resize = str(step.get("__class_fullname__", "")).rsplit(".", 1)[-1] == "Resize"
-    return (step["height"], step["width"]) if is_resize else None
 
 
 def count_parameters(module: nn.Module) -> int:

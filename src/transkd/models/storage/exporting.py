@@ -18,8 +18,9 @@ from transkd.errors import UserError
 from transkd.models.factory import load_segmenter
 from transkd.models.segmenter import Segmenter
 from transkd.models.storage.card import CARD, describe
-from transkd.models.storage.exported import Card, Exported, Format, count_parameters, plain_resize
+from transkd.models.storage.exported import Card, Exported, Format, count_parameters
 from transkd.models.storage.huggingface import open_huggingface, write_huggingface
+from transkd.models.storage.resizing import plain_resize
 from transkd.models.storage.saving import save_segmenter
 
 __all__ = ["FORMATS", "Exported", "Format", "complete_card", "plain_resize"]

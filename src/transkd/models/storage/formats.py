@@ -10,7 +10,7 @@ from transkd.models.catalog import SEGMENTERS
 from transkd.models.encoders.mit import VARIANTS
 from transkd.models.storage.transkd_checkpoint import split_transkd_checkpoint
 
-__all__ = ["guess_segformer", "looks_like", "rename_to_huggingface", "rename_to_ours"]
+__all__ = ["guess_segformer", "looks_like", "rename_to_huggingface", "rename_to_ours", "without_wrappers"]
 
 StateDict = dict[str, Tensor]
 STAGES = 4
@@ -31,7 +31,7 @@ def rename_to_ours(tensors: Mapping[str, Tensor]) -> tuple[str, StateDict]:
         >>> kind, list(ours)
         ('huggingface', ['encoder.norm1.weight'])
     """
-    plain = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    plain = _as_stored(without_wrappers(tensors))
     names = set(plain)
     if "student.patch_embed1.proj.weight" in names:  # distillation checkpoint of the TransKD authors
         return "authors", split_transkd_checkpoint(plain)["student"]
@@ -46,6 +46,51 @@ def rename_to_ours(tensors: Mapping[str, Tensor]) -> tuple[str, StateDict]:
         return "smp", _replace_prefixes(plain, SMP)
     ours = names and all(name.startswith(("encoder.", "head.")) for name in names)
     return ("transkd" if ours else "unknown"), plain
+
+
+def without_wrappers(tensors: Mapping[str, Tensor]) -> StateDict:
+    """Remove what wrappers add to the names: ``module.``, ``_orig_mod.`` of torch.compile, a ``model.`` common to all.
+
+    Example:
+        >>> list(without_wrappers({"model._orig_mod.head.bias": torch.zeros(1), "model.encoder.weight": torch.ones(1)}))
+        ['head.bias', 'encoder.weight']
+    """
+    plain = {re.sub(r"(^|(?<=\.))_orig_mod\.", "", name): tensor for name, tensor in tensors.items()}
+    while any(name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): tensor for name, tensor in plain.items()}
+    if plain and all(name.startswith("model.") for name in plain):
+        return without_wrappers({name.removeprefix("model."): tensor for name, tensor in plain.items()})
+    return plain
+
+
+# transformers 5 has other module names than it saves: those of a state dict in memory, and those in files
+AS_STORED = (
+    (r"^(segformer\.)?stages\.(\d)\.patch_embeddings\.", r"\1encoder.patch_embeddings.\2."),
+    (r"^(segformer\.)?stages\.(\d)\.layer_norm\.", r"\1encoder.layer_norm.\2."),
+    (r"^(segformer\.)?stages\.(\d)\.blocks\.", r"\1encoder.block.\2."),
+    (r"^decode_head\.linear_projections\.", "decode_head.linear_c."),
+    (r"\.layernorm_before\.", ".layer_norm_1."),
+    (r"\.layernorm_after\.", ".layer_norm_2."),
+    (r"\.attention\.q_proj\.", ".attention.self.query."),
+    (r"\.attention\.k_proj\.", ".attention.self.key."),
+    (r"\.attention\.v_proj\.", ".attention.self.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.attention\.sequence_reduction\.sequence_reduction\.", ".attention.self.sr."),
+    (r"\.attention\.sequence_reduction\.layer_norm\.", ".attention.self.layer_norm."),
+    (r"\.mlp\.fc(\d)\.", r".mlp.dense\1."),
+)
+
+
+def _as_stored(tensors: StateDict) -> StateDict:
+    """Rename the tensors of a SegFormer in transformers' memory as it saves them."""
+    if not any(re.match(r"(segformer\.)?stages\.\d\.blocks\.\d+\.attention\.q_proj\.", name) for name in tensors):
+        return tensors
+    stored = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in AS_STORED:
+            name = re.sub(pattern, replacement, name)
+        stored[name] = tensor
+    return stored
 
 
 MMSEG = {
@@ -155,13 +200,16 @@ def guess_segformer(tensors: Mapping[str, Tensor]) -> tuple[str | None, int | No
     channels, depths = [], []
     for i in range(1, STAGES + 1):
         projection = tensors.get(f"encoder.patch_embed{i}.proj.weight")
-        channels.append(len(projection) if projection is not None else 0)
+        channels.append(_rows(projection) or 0)
         depths.append(len({name.split(".")[2] for name in tensors if name.startswith(f"encoder.block{i}.")}))
     encoders = {(sizes["channels"], sizes["depths"]): name for name, sizes in VARIANTS.items()}
     encoder = encoders.get((tuple(channels), tuple(depths)))
     name = next((name for name, recipe in SEGMENTERS.items() if recipe.encoder == encoder), None)
-    classifier = tensors.get("head.linear_pred.weight")
-    return name, len(classifier) if classifier is not None else None
+    return name, _rows(tensors.get("head.linear_pred.weight"))
+
+
+def _rows(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.ndim == 0 else len(tensor)
 
 
 # Parts of tensor names that identify the kind of network in a file of another library.

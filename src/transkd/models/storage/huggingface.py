@@ -12,10 +12,11 @@ from transkd.errors import UserError
 from transkd.models.encoders.mit import MixTransformer
 from transkd.models.heads.segformer import SegformerHead
 from transkd.models.segmenter import Segmenter
-from transkd.models.storage.card import CARD, describe
-from transkd.models.storage.exported import Card, Exported, count_parameters, plain_resize
+from transkd.models.storage.card import CARD, HASH, describe, fingerprint
+from transkd.models.storage.exported import Card, Exported, count_parameters
 from transkd.models.storage.formats import rename_to_huggingface
 from transkd.models.storage.lineage import describe_lineage
+from transkd.models.storage.resizing import plain_resize
 
 __all__ = ["open_huggingface", "write_huggingface"]
 
@@ -34,7 +35,9 @@ def write_huggingface(network: Segmenter, card: Card, path: Path) -> None:
     config = {**_huggingface_config(encoder, head, card), CARD: card}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = rename_to_huggingface(network.state_dict())
-    content = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata={"format": "pt"})
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", f"{CARD}_{HASH}": fingerprint(tensors, {})}
+    content = safetensors.torch.save(tensors, metadata=metadata)
     (path / "model.safetensors").write_bytes(content)
     size = plain_resize(card.get("eval_transform"))
     processing: dict[str, Any] = {"image_mean": card["mean"], "image_std": card["std"], "do_resize": size is not None}

@@ -13,11 +13,12 @@ from transkd.errors import UserError
 from transkd.models.encoders.timm_encoder import TimmEncoder
 from transkd.models.network import Network
 from transkd.models.segmenter import Segmenter
-from transkd.models.storage.formats import looks_like
+from transkd.models.storage.checks import check_values
+from transkd.models.storage.formats import looks_like, without_wrappers
 from transkd.models.storage.lineage import describe_lineage, merge_lineage
 from transkd.models.storage.sources import NVIDIA_NAMING, Weights, read_weights
 
-__all__ = ["CLASSIFIERS", "load_weights"]
+__all__ = ["CLASSIFIERS", "check_fit", "load_weights"]
 
 log = logging.getLogger(__name__)
 
@@ -45,20 +46,24 @@ def load_weights(
         license: licence of the weights, used if the file does not state one.
 
     Raises:
-        UserError: tensors differ; the message lists the first ones and what network the file seems to contain.
+        UserError: tensors differ; the message lists the first ones and what network the file seems to contain. Or
+            values are damaged, see ``check_values``.
     """
     if classifier not in ("same", "new"):
         raise UserError(f"classifier must be 'same' or 'new', got {classifier!r}")
     weights = source if isinstance(source, Weights) else read_weights(source)
     expected = network.state_dict()
     tensors = dict(weights.tensors if isinstance(network, Segmenter) else weights.original)
+    if not (isinstance(network, Segmenter) or expected.keys() & tensors.keys()):
+        tensors = without_wrappers(tensors)
     if isinstance(network, Segmenter) and isinstance(network.encoder, TimmEncoder):
         tensors = _from_timm_names(network, tensors)
     encoder_alone = _complete_head(tensors, expected, weights.source)
     _drop_ignore_output(tensors, expected, weights.source)
     if classifier == "new":
         _renew_classifier(tensors, expected, weights.source)
-    _check_fit(expected, tensors, network, weights)
+    check_fit(expected, tensors, network, weights)
+    check_values(tensors, expected, weights.source)
     network.load_state_dict(tensors, strict=True)
     if "mean" in weights.card and not (encoder_alone and network.normalisation_chosen):
         network.mean.copy_(torch.tensor(weights.card["mean"]).view(3, 1, 1))
@@ -98,7 +103,7 @@ def _complete_head(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], s
 
 def _drop_ignore_output(tensors: dict[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
     for name in ("head.linear_pred.weight", "head.linear_pred.bias"):
-        if name in tensors and name in expected and len(tensors[name]) == len(expected[name]) + 1 == 20:
+        if name in tensors and name in expected and tensors[name].shape[:1] == (20,) and len(expected[name]) == 19:
             log.info("%s: dropped the 20th output (ignore) of %s", source, name)
             tensors[name] = tensors[name][:-1]
 
@@ -110,14 +115,20 @@ def _renew_classifier(tensors: dict[str, Tensor], expected: Mapping[str, Tensor]
             tensors[name] = expected[name]
 
 
-def _check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], network: Network, weights: Weights) -> None:
+def check_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], network: Network, weights: Weights) -> None:
+    """Compare names and shapes of a file's tensors with a network's.
+
+    Raises:
+        UserError: they differ; the message lists the first differences.
+    """
     differing = [name for name in expected if name in got and expected[name].shape != got[name].shape]
     problems = [f"{name}: expected {list(expected[name].shape)}, got {list(got[name].shape)}" for name in differing]
     problems += [f"{name}: missing in the file" for name in expected if name not in got]
     problems += [f"{name}: not in the network" for name in got if name not in expected]
     if not problems:
         return
-    if len(problems) == len(differing) and all(name.startswith(CLASSIFIERS) for name in differing):
+    classifiers = all(name.startswith(CLASSIFIERS) and got[name].ndim == expected[name].ndim for name in differing)
+    if len(problems) == len(differing) and classifiers:
         raise UserError(
             f"{weights.source} has {len(got[differing[0]])} classes, {network.name} was built for "
             f"{network.num_classes}: {problems[0]}. For a student with a new classifier set student.classifier=new; "
