@@ -144,5 +144,5 @@ def _create_encoder(name: str, args: dict[str, Any]) -> Any:
         return TimmEncoder(name, **args)
     try:
         return ENCODERS[name](**args)
-    except TypeError as error:
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(f"{name} does not take the arguments {args}: {error}") from error
