@@ -72,7 +72,7 @@ def read_job(folder: Path) -> Job:
         about = results.get("protocol_description", "")
         job = Job(folder.name, settings, results["seed"], results["protocol"], miou, teacher, start, about)
     except FileNotFoundError:
-        raise ValueError("no results.json: it failed or is not finished") from None
+        raise ValueError(read_error(folder) or "no results.json: it failed or is not finished") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"results.json is damaged ({error})") from None
     except KeyError as error:
@@ -80,6 +80,12 @@ def read_job(folder: Path) -> Job:
     if not math.isfinite(miou):
         raise ValueError(f"its mIoU is {miou}")
     return job
+
+
+def read_error(folder: Path) -> str | None:
+    """Read the line with which a job failed; None if it left none."""
+    path = folder / "error.txt"
+    return path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else None
 
 
 def read_sweep(root: Path) -> list[Job]:

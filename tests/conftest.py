@@ -15,6 +15,10 @@ SPLITS = {"train": 4, "val": 3}
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--trials", type=int, default=2, help="kills of the campaign in tests/faults")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def same_layers():
     """No measurement changes the layers between tests."""

@@ -54,6 +54,7 @@ def test_every_preset_passes(preset):
             ["data.classes={_target_:transkd.data.ClassSet,names:[a],colors:[[0,0,0]]}"],
             r"data\.classes\.colors: transkd\.data\.ClassSet has no such argument\. There are: names, palette",
         ),
+        (["trainer.devices=[a]"], r"trainer\.devices=\['a'\]: expected a list \[a,b\] of a whole number or text"),
         (["optim.scheduler.warmup=1.5"], r"optim\.scheduler\.warmup=1\.5: expected a whole number"),
     ],
 )
@@ -61,3 +62,8 @@ def test_a_value_of_another_type_is_one_line(overrides, message):
     with pytest.raises(UserError, match=message) as error:
         check_arguments(composed("+experiment=demo", "distill=transkd_cwd", *overrides))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["[0,1]", "2", "auto", "'0,1'"])
+def test_devices_may_be_listed(value):
+    check_arguments(composed("+experiment=demo", f"trainer.devices={value}"))

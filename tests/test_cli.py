@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from hydra.errors import MissingConfigException
 from PIL import Image
 from runs import TINY, composed, results
 
@@ -85,25 +87,32 @@ def test_a_plugin_that_is_not_there(call, name):
     assert "\n" not in error
 
 
-def test_a_plugin_that_lacks_something_keeps_its_traceback(call, tmp_path, monkeypatch, capsys):
-    (tmp_path / "half.py").write_text("import nowhere_at_all\n")
+def test_a_plugin_that_lacks_something_is_named_with_its_line(call, tmp_path, monkeypatch):
+    (tmp_path / "half.py").write_text("\nimport nowhere_at_all\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert call(train, "plugins=[half]") == "1"
-    shown = capsys.readouterr().err
-    assert "half.py" in shown
-    assert "No module named 'nowhere_at_all'" in shown
+    message = call(train, "plugins=[half]")
+    assert f"{tmp_path / 'half.py'}, line 2: ModuleNotFoundError: No module named 'nowhere_at_all'" in message
+    assert "\n" not in message
 
 
-def test_a_bug_keeps_its_traceback(call, monkeypatch, capsys):
-    def broken(cfg):
-        raise ZeroDivisionError("a bug of ours")
+def test_a_fault_of_ours_says_so_and_leaves_a_report(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("transkd.run.keep_compiled_code", [].index)  # raises where run.py calls it
+    message = call(train, "hydra.run.dir=run", "seed=7")
+    assert message.startswith("error: a fault of transkd, not of yours: ValueError: ")
+    assert " is not in list, run.py line " in message
+    assert message.endswith(f"Please report it in the issue tracker of the repository that you have transkd from, with "
+                            f"the file {tmp_path / 'run' / 'error.txt'}")  # fmt: skip
+    report = (tmp_path / "run" / "error.txt").read_text()
+    for part in ("Traceback (most recent call last)", "run.py", "seed: 7", f"torch: {version('torch')}", "command: "):
+        assert part in report
 
-    monkeypatch.setattr("transkd.run.run", broken)
-    assert call(train) == "1"
-    printed = capsys.readouterr().err
-    assert "Traceback" in printed
-    assert "in broken" in printed
-    assert "ZeroDivisionError: a bug of ours" in printed
+
+def test_full_errors_keep_their_traceback(call, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["transkd", "distill=nope"])
+    with pytest.raises(MissingConfigException):
+        train.main()
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
 
 
 def test_a_checkpoint_of_another_architecture(call, trained):
@@ -199,6 +208,36 @@ def test_sweep(call, trained, tmp_path):
     assert call(train, "-m", *TINY, *short, "seed=0,1", "hydra.sweep.dir=sweep") is None
     for job in (0, 1):
         assert results(tmp_path / "sweep", str(job))["seed"] == job
+
+
+def test_a_failed_job_does_not_end_a_sweep(call, trained, tmp_path, capsys):
+    short = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "distill=none", f"data.root={trained / 'data'}"]
+    message = call(train, "-m", *TINY, *short, "seed=-1,2", "hydra.sweep.dir=sweep")
+    assert message == "error: 1 of the sweep's jobs failed: job 0 (seed=-1)"
+    shown = capsys.readouterr().err
+    assert "error: job 0 (seed=-1): seed=-1: expected a whole number of at least 0\n" in shown
+    assert "Error executing job" not in shown
+    assert (tmp_path / "sweep" / "0" / "error.txt").read_text() == "seed=-1: expected a whole number of at least 0\n"
+    assert results(tmp_path / "sweep", "1")["seed"] == 2
+    again = call(train, "-m", *TINY, *short, "seed=1,2", "hydra.sweep.dir=sweep")
+    assert again.startswith("error: sweep holds a run already")
+    assert "hydra.sweep.dir=FOLDER" in again
+
+
+def test_a_name_that_does_not_exist_ends_a_sweep_before_it_begins(call, tmp_path):
+    message = call(train, "-m", "distill=none,nope", "hydra.sweep.dir=sweep")
+    assert message.startswith("error: unknown distill distill/nope; there are: at, ")
+    assert not (tmp_path / "sweep" / "0").exists()
+
+
+def test_a_run_is_not_written_over(call, trained):
+    where = [*TINY, f"data.root={trained / 'data'}", "distill=none", f"hydra.run.dir={trained / 'run'}"]
+    before = (trained / "run" / "results.json").read_bytes()
+    for module, more in ((train, []), (evaluate, [f"weights={trained / 'run' / 'student.safetensors'}"])):
+        message = call(module, *where, *more)
+        assert "holds a run already, whose checkpoints/" in message
+        assert "ckpt_path=last" in message
+    assert (trained / "run" / "results.json").read_bytes() == before
 
 
 def test_evaluate_repeats_the_score_of_the_run(call, trained, tmp_path):

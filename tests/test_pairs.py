@@ -9,7 +9,7 @@ import torch
 from hydra.errors import InstantiationException
 from runs import composed, results, student
 
-from transkd.cli import explain
+from transkd.command.explaining import explain
 from transkd.errors import UserError
 from transkd.models import create_segmenter, load_segmenter, save_segmenter
 from transkd.models.storage.sources import NVIDIA

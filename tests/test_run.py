@@ -3,6 +3,7 @@
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -100,6 +101,7 @@ def killed_in_epoch_2(base, monkeypatch):
         return step(self, batch, batch_idx)
 
     settings = ["distill=transkd_base", "trainer.max_epochs=4", "name=resumed"]
+    shutil.rmtree(base / "outputs" / "resumed" / "killed", ignore_errors=True)  # a run is not written over
     monkeypatch.setattr(Distiller, "training_step", dies)
     with pytest.raises(Killed):
         run(composed(base, "outputs/resumed/killed", *settings))

@@ -61,11 +61,17 @@ def _check(key: str, target: str, values: dict[str, Any]) -> None:
         ours = key == "trainer" and name in TrainerSettings.model_fields  # checked there, and some allow more
         if ours or annotation is None or value == "???" or not _is_plain(annotation):
             continue
-        try:
-            TypeAdapter(annotation, config=STRICT).validate_python(_as_python(value))
-        except ValidationError:
+        if not any(_fits(annotation, form) for form in (_as_python(value), value)):
             where = f"{key}.{name}"
-            raise UserError(f"{where}={value}: expected {describe_type(annotation)} ({target})") from None
+            raise UserError(f"{where}={value}: expected {describe_type(annotation)} ({target})")
+
+
+def _fits(annotation: Any, value: Any) -> bool:
+    try:
+        TypeAdapter(annotation, config=STRICT).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def _check_names(key: str, target: str, called: Callable[..., Any], values: dict[str, Any]) -> None:

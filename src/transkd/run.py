@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from transkd.arguments import check_arguments
 from transkd.cli import save_resolved
+from transkd.command.folders import enter
 from transkd.data import SegmentationDataModule
 from transkd.errors import UserError
 from transkd.losses import Criterion
@@ -56,6 +57,7 @@ def run(cfg: DictConfig) -> None:
     settings = TrainSettings.read(cfg)
     check_arguments(cfg)
     build.enter_protocol(settings.protocol, settings.protocols)
+    enter(Path(settings.run_dir), settings.ckpt_path)
     checkpoint = prepare_resuming(cfg, settings)
     device = Device.choose(
         settings.trainer.accelerator, settings.compile, settings.channels_last, settings.compile_regions
@@ -65,10 +67,11 @@ def run(cfg: DictConfig) -> None:
     device.check()
     L.seed_everything(settings.seed, verbose=False)
 
-    parts = build_parts(cfg, settings, device)
-    data, student, teacher, criterion = parts
+    data, student, teacher, criterion = parts = build_parts(cfg, settings, device)
     device = device.settled(planned_steps(data, settings.trainer), obstacles_to_graphs(settings, criterion))
     rehearse(student, teacher if criterion.ever_needs else None, criterion, data)
+    optimization, trainer = build.build_optimization(cfg), build.build_trainer(cfg)
+    optimization.build_both(student.parameters(), total=1000)  # raises for wrong arguments
     notes: dict[str, Any] = {"experiment": settings.name, "eval_transform": serialise(data.eval_transform)}
     notes["classes"] = data.classes
     rehearse_writing(student, notes, {})
@@ -95,14 +98,13 @@ def run(cfg: DictConfig) -> None:
         student,
         criterion,
         frozen,
-        build.build_optimization(cfg),
+        optimization,
         settings.protocol,
         device,
         notes,
         settings.gradients_every,
         Capture(Path(settings.run_dir)),
     )
-    trainer = build.build_trainer(cfg)
     if checkpoint is not None:
         trainer.callbacks.append(History(checkpoint.path, checkpoint.steps))  # type: ignore[attr-defined]
     fit(trainer, distiller, data, checkpoint, Path(settings.run_dir) / "student.safetensors")
@@ -322,4 +324,8 @@ def fit_teacher(
 
 def serialise(transform: Any) -> dict[str, Any] | None:
     """Convert an Albumentations composition to JSON values, to store the preprocessing with the weights."""
-    return transform.to_dict() if transform is not None else None
+    if transform is None:
+        return None
+    if not hasattr(transform, "to_dict"):
+        raise UserError(f"data.eval_transform: expected a transform of Albumentations, got {type(transform).__name__}")
+    return transform.to_dict()

@@ -46,6 +46,10 @@ def _is_weight(value: Any) -> float | str:
     return value
 
 
+def _group_of_its_own(value: Any) -> Any:
+    raise ValueError("nothing: callbacks and loggers are groups of their own, +callbacks.NAME=… and +logger.NAME=…")
+
+
 class LoraSettings(Settings):
     """LoRA of the student's initial weights."""
 
@@ -102,7 +106,8 @@ class OptimizerSettings(Settings):
 
     lr: NonNegative | None = None
     weight_decay: NonNegative | None = None
-    betas: list[BelowOne] | None = None
+    betas: Annotated[list[BelowOne], Field(max_length=2)] | None = None
+    fused: bool | None = None
     momentum: BelowOne | None = None
     dampening: NonNegative | None = None
     alpha: BelowOne | None = None
@@ -134,7 +139,7 @@ class DataSettings(Settings):
 
     batch_size: Positive = 1
     eval_batch_size: Positive = 1
-    num_workers: Count = 0
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     cache: Text | None = None
     augment: Literal["cpu", "device", "auto"] = "auto"
     num_classes: Positive = 1
@@ -170,6 +175,9 @@ class TrainerSettings(Settings):
     limit_train_batches: Positive | Annotated[float, Field(gt=0, le=1)] | None = None
     fast_dev_run: bool | Positive = False
     precision: Precision = "auto"
+    min_epochs: Count | None = None
+    callbacks: Annotated[Any, AfterValidator(_group_of_its_own)] = None
+    logger: Annotated[Any, AfterValidator(_group_of_its_own)] = None
     accumulate_grad_batches: Positive = 1
     check_val_every_n_epoch: Positive | None = 1
     gradient_clip_val: NonNegative | None = None

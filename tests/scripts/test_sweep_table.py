@@ -131,6 +131,12 @@ def test_a_job_without_usable_results_is_named(sweep, content, said):
     assert "61.00 ± 1.41 | 2 |" in run.stdout
 
 
+def test_a_failed_job_is_shown_with_its_line(sweep):
+    add_job(sweep, 5, ["distill=transkd_base", "seed=-1"])
+    (sweep / "5" / "error.txt").write_text("seed=-1: expected a whole number\n\nmore\n")
+    assert "left out: job 5 (distill=transkd_base seed=-1): seed=-1: expected a whole number\n" in table(sweep).stderr
+
+
 def test_mixed_protocols_are_an_error(sweep):
     add_job(sweep, 5, ["distill=transkd_base", "seed=2"], 0.6, protocol="transkd-paper")
     assert_one_line_error(table(sweep), "full-res (job 4), transkd-paper (job 5)")

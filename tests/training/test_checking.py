@@ -153,7 +153,7 @@ def test_a_mistake_of_another_library_is_a_problem_too():
 
     assert findings.attempt("the step", fails, ZeroDivisionError("no\nway")) is None
     assert findings.attempt("the step", fails, torch.OutOfMemoryError("")) is None
-    assert findings.problems[0] == "the step: ZeroDivisionError: no way"
+    assert "ZeroDivisionError: no way" in findings.problems[0]
     assert "data.batch_size=7 does not fit into the memory" in findings.problems[1]
 
 

@@ -115,6 +115,10 @@ class SegmentationDataModule(L.LightningDataModule):
             raise UserError(f"data.num_classes={num_classes}, but the class set has {len(classes.names)} classes")
         if protocol not in PROTOCOLS:
             raise UserError(f"unknown protocol {protocol!r}; available: {', '.join(PROTOCOLS)}")
+        if not callable(find):
+            raise UserError(
+                f"data.find={find}: expected a function, such as {{_target_: transkd.data.find_acdc, _partial_: true}}"
+            )
         self.find, self.root, self.void, self.prepare = find, root, void, prepare
         self.label = label
         self.classes, self.num_classes = classes, num_classes

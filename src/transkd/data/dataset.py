@@ -17,6 +17,7 @@ from transkd.data.labels import LabelFormat, LabelReader
 from transkd.data.listing import IMAGE_SUFFIXES, Pair, is_image, pair_by_name
 from transkd.data.reading import read_image, read_oriented, read_stored
 from transkd.data.transformed import check_image, check_label
+from transkd.errors import UserError
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -153,16 +154,18 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
         index, seed = key if isinstance(key, tuple) else (key, None)
         image, label = self.frame(index)
         place = None
-        if self._image_transform is not None:
-            image, place = self._image_transform(image)
-        elif self.transform is not None:
-            if seed is not None:
-                seed_transform(self.transform, seed)
-            if self.ignore_padding:
-                image, label = transform_both(self.transform, image, label)
-            else:
-                transformed = self.transform(image=image, mask=label)
-                image, label = transformed["image"], transformed["mask"]
+        try:
+            if self._image_transform is not None:
+                image, place = self._image_transform(image)
+            elif self.transform is not None:
+                image, label = self._transformed(image, label, seed)
+        except UserError:
+            raise
+        except Exception as error:  # Albumentations has no exception of its own
+            raise UserError(
+                f"data.train_transform or data.eval_transform fails on {self.pairs[index].image}, "
+                f"{image.shape[0]}×{image.shape[1]} pixels: {error}"
+            ) from error
         check_image(image)
         check_label(label)
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -170,3 +173,13 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
             warnings.simplefilter("ignore", UserWarning)
             batch = Batch(pixels, torch.from_numpy(np.ascontiguousarray(label)), str(self.pairs[index].image))
         return batch if place is None else PlacedBatch(*batch, place)
+
+    def _transformed(
+        self, image: npt.NDArray[np.uint8], label: npt.NDArray[np.uint8], seed: int | None
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        if seed is not None:
+            seed_transform(self.transform, seed)
+        if self.ignore_padding:
+            return transform_both(self.transform, image, label)
+        transformed = self.transform(image=image, mask=label)
+        return transformed["image"], transformed["mask"]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transkd.errors import UserError
 from transkd.losses.shared.checks import paired_channels, stage_pairs
 from transkd.losses.shared.distances import map_criterion, position_mean
 from transkd.losses.shared.fusion import ConvNorm, check_normalisable, fuse_from_deepest
@@ -69,6 +70,8 @@ class CSFLoss(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
+        if mid_channels < 1:
+            raise UserError(f"CSFLoss: mid_channels must be at least 1, got {mid_channels}")
         self.student_channels, self.teacher_channels = paired_channels(self, student_channels, teacher_channels)
         self.criterion = map_criterion(criterion, temperature)
         deepest = len(self.student_channels)

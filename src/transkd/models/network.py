@@ -54,6 +54,8 @@ class Network(nn.Module):
         super().__init__()
         if not 0 < scale < float("inf"):
             raise UserError(f"a network's scale must be a number greater than 0; got {scale}")
+        if std is not None and not all(0 < value < float("inf") for value in std):
+            raise UserError(f"a network's std must be numbers greater than 0; got {list(std)}")
         self.scale = scale
         self.name: str = type(self).__name__
         self.recipe: dict[str, Any] | None = None

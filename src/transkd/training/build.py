@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from transkd.data import SegmentationDataModule
 from transkd.errors import UserError
@@ -21,6 +24,7 @@ from transkd.training.averaging import StudentAverage
 from transkd.training.device import device_of
 from transkd.training.optimization import Optimization
 from transkd.training.precision import choose_precision
+from transkd.training.process import EndOnSignal, check_processes
 from transkd.training.seeding import EpochSeed
 
 __all__ = [
@@ -91,7 +95,7 @@ def build_student(cfg: DictConfig, settings: StudentSettings, license_policy: st
             f"student.lora.rank={settings.lora.rank} adapts trained weights, but the student starts from random "
             "ones; give a file with student.weights=PATH, or start from the teacher with student.from_teacher=true"
         )
-    student: Network = instantiated(cfg.student.network)
+    student = _build_network(cfg, "student")
     if settings.weights is not None:
         load_weights(student, settings.weights, settings.classifier, settings.license)
     check_license_policy(student.lineage, license_policy, f"the student {student.name}")
@@ -115,7 +119,7 @@ def build_teacher(
     """
     if len(cfg.criterion.terms) == 1 and not cfg.student.from_teacher:
         return None
-    teacher: Network = instantiated(cfg.teacher.network)
+    teacher = _build_network(cfg, "teacher")
     if settings is None or settings.class_map is None:
         return teacher
     if settings.weights is None:
@@ -131,6 +135,15 @@ def build_teacher(
     return MappedClasses(teacher, sources)
 
 
+def _build_network(cfg: DictConfig, role: str) -> Network:
+    network = instantiated(cfg[role].network)
+    if not isinstance(network, nn.Module):
+        raise UserError(
+            f"{role}.network has no _target_ that is a network; name a file of conf/{role} with {role}=NAME"
+        )
+    return cast(Network, network)
+
+
 def build_criterion(cfg: DictConfig, student: Sequence[int], teacher: Sequence[int]) -> Criterion:
     """Build the weighted terms; the given channels are available to them as ``${channels.student}`` and so on."""
     cfg.channels.student, cfg.channels.teacher = list(student), list(teacher)
@@ -143,27 +156,67 @@ def build_task(cfg: DictConfig) -> Criterion:
 
 
 def build_optimization(cfg: DictConfig) -> Optimization:
-    """Build optimizer and schedule."""
+    """Build optimizer and schedule.
+
+    Raises:
+        UserError: one of them cannot be called.
+    """
     optim = cfg.optim
-    return Optimization(instantiated(optim.optimizer), instantiated(optim.scheduler), optim.interval, optim.horizon)
+    optimizer, scheduler = instantiated(optim.optimizer), instantiated(optim.scheduler)
+    for name, built in (("optimizer", optimizer), ("scheduler", scheduler)):
+        if built is not None and not callable(built):
+            raise UserError(
+                f"optim.{name} has no _target_: expected a class such as torch.optim.AdamW, _partial_: true"
+            )
+    return Optimization(optimizer, scheduler, optim.interval, optim.horizon)
 
 
 def build_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
-    """Build Lightning's Trainer with the configured callbacks and loggers; ``changes`` override arguments."""
+    """Build Lightning's Trainer with the configured callbacks and loggers; ``changes`` override arguments.
+
+    Callbacks that the other settings exclude are left out: a progress bar without ``trainer.enable_progress_bar``, the
+    log of the learning rate without a logger, checkpoints without ``trainer.enable_checkpointing``.
+
+    Raises:
+        UserError: torchrun started another number of processes than the Trainer expects.
+    """
+    if "logger" not in changes:
+        changes["logger"] = _build_all(cfg, "logger", Logger)
     if "callbacks" not in changes:
-        changes["callbacks"] = [instantiated(part) for part in cfg.callbacks.values()]
+        changes["callbacks"] = _build_all(cfg, "callbacks", L.Callback)
         if cfg.student.get("ema") is not None:
             changes["callbacks"].append(StudentAverage(cfg.student.ema))
-    if "logger" not in changes:
-        changes["logger"] = [instantiated(part) for part in cfg.logger.values()]
-    changes["callbacks"].append(EpochSeed(cfg.seed))
+    excluded: list[type] = [] if cfg.trainer.get("enable_progress_bar", True) else [ProgressBar]
+    excluded += [] if changes["logger"] else [LearningRateMonitor]
+    excluded += [] if cfg.trainer.get("enable_checkpointing", True) else [Checkpoint]
+    kept = [part for part in changes["callbacks"] if not isinstance(part, tuple(excluded))]
+    changes["callbacks"] = [*kept, EpochSeed(cfg.seed), EndOnSignal()]
     changes.setdefault("precision", precision(cfg))
-    return instantiated(cfg.trainer, **changes)
+    trainer = instantiated(cfg.trainer, **changes)
+    if not isinstance(trainer, L.Trainer):
+        raise UserError(f"trainer._target_={cfg.trainer.get('_target_')}: expected lightning.Trainer")
+    check_processes(trainer, cfg.trainer.get("sync_batchnorm", False))
+    return trainer
+
+
+def _build_all(cfg: DictConfig, group: str, kind: type) -> list[Any]:
+    """Build every entry of a group; none where the group is left out or null."""
+    built = []
+    for name, part in (cfg.get(group) or {}).items():
+        entry = instantiated(part) if isinstance(part, DictConfig) else part
+        if not isinstance(entry, kind):
+            raise UserError(
+                f"{group}.{name} is no {kind.__name__} of Lightning: its _target_ must name one, got {part}; "
+                f"an entry is left out with ~{group}.{name}"
+            )
+        built.append(entry)
+    return built
 
 
 def build_side_trainer(cfg: DictConfig, trains: bool = False, **changes: Any) -> L.Trainer:
     """Build a Trainer that writes no files, for evaluation and (``trains``) for training the teacher."""
-    progress = [instantiated(cfg.callbacks.progress)] if "progress" in cfg.callbacks else []
+    callbacks: Any = cfg.get("callbacks") or {}
+    progress = [instantiated(callbacks.progress)] if "progress" in callbacks else []
     changes.setdefault("precision", precision(cfg, trains))
     return build_trainer(cfg, callbacks=progress, logger=False, enable_checkpointing=False, **changes)
 

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from transkd.arguments import check_arguments
-from transkd.cli import explain
+from transkd.command.explaining import explain
 from transkd.data import SegmentationDataModule
 from transkd.data.inspection import Inspection, absent_classes, duplicates, inspect_split, open_split
 from transkd.losses import Criterion

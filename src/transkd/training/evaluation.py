@@ -1,8 +1,11 @@
 """Evaluate a file of weights."""
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 from transkd.arguments import check_arguments
+from transkd.command.folders import enter
 from transkd.errors import UserError
 from transkd.models import load_segmenter, load_weights
 from transkd.models.storage.sources import read_weights
@@ -20,6 +23,7 @@ def evaluate(cfg: DictConfig) -> None:
     """Evaluate a file of weights on the validation split; print a table and write ``results.json``."""
     settings = EvaluateSettings.read(cfg)
     check_arguments(cfg)
+    enter(Path(settings.run_dir), scores_only=True)
     enter_protocol(settings.protocol, settings.protocols)
     prepare_process(settings.keep_freed_memory, device_of(settings.trainer.accelerator))
     data = build_data(cfg)
@@ -36,5 +40,7 @@ def evaluate(cfg: DictConfig) -> None:
         )
     data.generate()
     data.dataset("val").check()
-    scores = score(network, data, settings.protocol, build_side_trainer(cfg))
-    report_scores(scores, settings.weights, data.classes.names, settings.protocol, settings.run_dir)
+    trainer = build_side_trainer(cfg)
+    scores = score(network, data, settings.protocol, trainer)
+    if trainer.is_global_zero:
+        report_scores(scores, settings.weights, data.classes.names, settings.protocol, settings.run_dir)

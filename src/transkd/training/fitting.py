@@ -33,8 +33,7 @@ def fit(
         deployed: file for the student if an epoch is trained but its validation fails.
 
     Raises:
-        UserError: training was interrupted (says how to resume), no step was taken, or the checkpoint is of a run with
-            other settings.
+        UserError: no step was taken, or the checkpoint is of a run with other settings.
     """
     path = None if checkpoint is None else checkpoint.path
     try:
@@ -50,8 +49,6 @@ def fit(
             f"ckpt_path={path} is of a run with another student, other terms or another student.lora; resume with "
             f"that run's settings, {path.absolute().parents[1] / 'config.yaml'} ({details} …)"
         ) from error
-    if trainer.interrupted:
-        raise UserError(f"interrupted at epoch {trainer.current_epoch}; resume with ckpt_path=last")
     if trainer.global_step == 0 and trainer.max_epochs != 0:
         raise UserError(
             "no step was taken, so there is nothing to save: expected at least one training batch in an epoch; check "

@@ -10,7 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from transkd.errors import UserError
+
 __all__ = ["Optimization", "follow_schedule", "groups_of"]
+
+LENGTHS = ("total", "total_steps", "T_max", "total_iters")
+"""Names that our schedule, OneCycleLR, CosineAnnealingLR and PolynomialLR have for the length of the run."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Optimization:
 
     Attributes:
         optimizer: ``optimizer(params)``.
-        scheduler: ``scheduler(optimizer, total=…)``; None keeps the rate constant.
+        scheduler: ``scheduler(optimizer, total=…)``, or one of PyTorch's; None keeps the rate constant.
         interval: tick of the scheduler, "step" or "epoch".
         horizon: ticks until the rate reaches 0; None means the length of the run.
     """
@@ -48,12 +53,41 @@ class Optimization:
     def configure(self, parameters: Iterable[nn.Parameter], trainer: Trainer) -> Any:
         """Build the value that ``LightningModule.configure_optimizers`` returns."""
         clips_scaled = trainer.precision == "16-mixed" and trainer.gradient_clip_val  # Lightning refuses it fused
-        optimizer = self.build(parameters, fused=not clips_scaled)
-        if self.scheduler is None:
-            return optimizer
         run = trainer.max_epochs if self.interval == "epoch" else trainer.estimated_stepping_batches
-        schedule = self.scheduler(optimizer, total=int(self.horizon or run or 1))
+        optimizer, schedule = self.build_both(parameters, int(self.horizon or run or 1), fused=not clips_scaled)
+        if schedule is None:
+            return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.interval}}
+
+    def build_both(self, parameters: Iterable[nn.Parameter], total: int, fused: bool = True) -> tuple[Optimizer, Any]:
+        """Build optimizer and schedule for a run of ``total`` ticks; the schedule is None without a scheduler.
+
+        Raises:
+            UserError: PyTorch does not accept an argument.
+        """
+        try:
+            optimizer = self.build(parameters, fused)
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise UserError(f"optim.optimizer: {error}") from error
+        if self.scheduler is None:
+            return optimizer, None
+        try:
+            return optimizer, self.scheduler(optimizer, **self._length(total))
+        except (TypeError, ValueError, ArithmeticError, AssertionError) as error:
+            hint = " (an argument is left out with ~optim.scheduler.NAME)" if "unexpected keyword" in str(error) else ""
+            raise UserError(f"optim.scheduler: {error}{hint}") from error
+
+    def _length(self, total: int) -> dict[str, int]:
+        """The argument by which this scheduler takes its length, unless the configuration gives it."""
+        assert self.scheduler is not None
+        given = getattr(self.scheduler, "keywords", {})
+        try:
+            accepted = inspect.signature(self.scheduler).parameters
+        except ValueError:  # wrong arguments, about which the call says more
+            return {}
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+        names = [name for name in LENGTHS if name in accepted] or (["total"] if takes_any else [])
+        return {name: total for name in names[:1] if name not in given}
 
 
 def groups_of(made: Any) -> list[dict[str, Any]]:

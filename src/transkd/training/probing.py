@@ -195,14 +195,14 @@ def explain_failure(
     what: str, error: Exception, batch_size: int, explain: Callable[[BaseException], str | None]
 ) -> str:
     """One line for an exception; anything but a user's mistake is named by its type."""
-    message = explain(error)
-    if message is not None:
-        return message
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"{what}: data.batch_size={batch_size} does not fit into the memory of the device; lower it, and raise "
             "trainer.accumulate_grad_batches, or set student.checkpointing=true or trainer.precision=16-mixed"
         )
+    message = explain(error)
+    if message is not None:
+        return message
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return f"{what}: {type(error).__name__}: {' '.join(str(error).split())}"

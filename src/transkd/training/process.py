@@ -1,14 +1,20 @@
-"""Process-wide settings of a command."""
+"""What concerns the processes of a command as a whole: their settings, their number, their end by a signal."""
 
 import logging
+import os
 import warnings
+from typing import Any
 
+import lightning as L
 import torch
 
+from transkd.command.folders import TORCHRUN, rank
+from transkd.command.stopping import Stopped, again, received, takes_along
+from transkd.errors import UserError
 from transkd.training.cpu_choices import choose_layers
 from transkd.training.memory import keep_freed_memory
 
-__all__ = ["prepare_process"]
+__all__ = ["EndOnSignal", "check_processes", "prepare_process"]
 
 # Lightning's warnings that do not apply here
 SILENCED = (
@@ -28,6 +34,8 @@ def prepare_process(keep_memory: bool, kind: torch.device) -> None:
         kind: device that the networks run on; on a CPU see ``choose_layers``.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if rank() > 0:
+        logging.getLogger("transkd").setLevel(logging.WARNING)  # rank 0 says it
     for text in SILENCED:
         warnings.filterwarnings("ignore", text)
     torch.set_float32_matmul_precision("high")
@@ -35,3 +43,50 @@ def prepare_process(keep_memory: bool, kind: torch.device) -> None:
         keep_freed_memory()
     if kind.type == "cpu":
         choose_layers()
+
+
+def check_processes(trainer: L.Trainer, sync_batchnorm: bool = False) -> None:
+    """Check that the Trainer has as many processes as torchrun started, on devices that can do what is asked.
+
+    Raises:
+        UserError: it has another number, so that each process would train a run of its own into the same folder; or
+            BatchNorm is to be synchronised on CPUs.
+    """
+    if sync_batchnorm and trainer.strategy.root_device.type == "cpu":
+        raise UserError("trainer.sync_batchnorm=true: PyTorch's SyncBatchNorm needs GPUs; leave it out on a CPU")
+    started = int(os.environ.get("WORLD_SIZE", "1")) if TORCHRUN in os.environ else trainer.world_size
+    if trainer.world_size != started:
+        raise UserError(
+            f"torchrun started {started} processes, but trainer.devices and trainer.num_nodes make "
+            f"{trainer.world_size}; set trainer.devices to the processes per machine and trainer.strategy=ddp"
+        )
+
+
+class EndOnSignal(L.Callback):
+    """End at the first SIGINT or SIGTERM, with the processes that Lightning started.
+
+    Lightning's own handler of SIGTERM waits for the other processes inside the handler; the command's takes its place.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Set the command's handlers."""
+        launcher = trainer.strategy.launcher
+        if launcher is not None:
+            takes_along(launcher.kill)
+        again()
+
+    on_validation_start = on_train_start
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: Any) -> None:
+        """End here where code that runs no exceptions, such as a destructor, swallowed the signal's."""
+        _end_if_asked()
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: Any) -> None:
+        """End here likewise."""
+        _end_if_asked()
+
+
+def _end_if_asked() -> None:
+    signum = received()
+    if signum is not None:
+        raise Stopped(signum)

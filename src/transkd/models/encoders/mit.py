@@ -135,6 +135,9 @@ class MixTransformer(nn.Module):
         in_chans: channels of the image.
         num_classes: outputs of the ImageNet classifier; 0 for none.
 
+    Raises:
+        UserError: the stages' numbers do not fit each other.
+
     Shapes:
         image [B, in_chans, H, W], H and W at least 32 -> four features [B, C_i, H_i, W_i] and four patch
         embeddings [B, H_i·W_i, C_i].
@@ -158,6 +161,11 @@ class MixTransformer(nn.Module):
         num_classes: int = 1000,
     ) -> None:
         super().__init__()
+        if not len(channels) == len(depths) <= len(heads) or min(depths) < 1 or not 0 <= drop_path_rate < 1:
+            raise UserError(
+                f"expected as many depths as channels, each at least 1, and a drop_path_rate from 0 to below 1; got "
+                f"channels={channels}, depths={depths}, drop_path_rate={drop_path_rate}"
+            )
         self.channels = tuple(channels)
         self.grad_checkpointing = False
         self.num_features = self.head_hidden_size = self.channels[-1]

@@ -1,0 +1,1 @@
+"""What the commands share behind their door, ``cli.py``: errors, signals, folders of runs. Without torch."""

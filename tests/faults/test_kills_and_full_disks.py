@@ -1,0 +1,68 @@
+"""A campaign of kills and full disks: after the next start nothing is partial, and the student is that of a quiet run.
+
+``pytest tests/faults/test_kills_and_full_disks.py -m slow --trials 30`` makes it longer.
+"""
+
+import random
+import signal
+import time
+
+import pytest
+from processes import command, said
+from runs import assert_identical, student
+
+SETTINGS = ("trainer.max_epochs=4", "data.prepare.train=4", "name=killed")
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """A folder with data and with a run that nothing disturbed; and the seconds that it took."""
+    root = tmp_path_factory.mktemp("kills")
+    started = time.monotonic()
+    process = command(root, *SETTINGS, "hydra.run.dir=quiet")
+    process.join()
+    assert process.exitcode == 0, said(root)
+    return root, time.monotonic() - started
+
+
+def end_well(root, run):
+    """Go on until the run is whole; from its last checkpoint if it has one."""
+    last = root / run / "checkpoints" / "last.ckpt"
+    resume = [f"ckpt_path={last}"] if last.is_file() else []
+    process = command(root, *SETTINGS, f"hydra.run.dir={run}", *resume)
+    process.join()
+    assert process.exitcode == 0, said(root)
+    assert_identical(student(root, "quiet"), student(root, run))
+
+
+@pytest.mark.slow
+def test_kills(quiet, request):
+    root, seconds = quiet
+    rng = random.Random(request.config.getoption("trials"))
+    for trial in range(request.config.getoption("trials")):
+        run = f"killed_{trial}"
+        process = command(root, *SETTINGS, f"hydra.run.dir={run}")
+        time.sleep(rng.uniform(0.2, 0.9) * seconds)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode:
+            end_well(root, run)
+    assert "Traceback" not in said(root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [0, 2_000, 300_000], ids=["from the start", "before a checkpoint", "at a checkpoint"])
+def test_a_full_disk(quiet, limit):
+    root, _ = quiet
+    length = len(said(root))
+    folder = root / f"full_{limit}"
+    folder.mkdir()
+    process = command(folder, *SETTINGS, f"data.root={root / 'data/road_scenes'}", file_limit=limit)
+    process.join()
+    assert process.exitcode == 1
+    lines = said(folder).splitlines() if limit else []
+    assert "Traceback" not in said(folder)
+    assert [line for line in lines if line.startswith("error: cannot write")] or not limit
+    assert len(said(root)) == length
+    assert not list(folder.rglob(".*.ckpt*"))
