@@ -17,16 +17,12 @@ from transkd.data import SegmentationDataModule
 from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.metrics import Scores
-from transkd.models import FrozenTeacher, MappedClasses, Network, add_lora, inherit, merge_lora, save_segmenter
-from transkd.models.class_map import unmapped
-from transkd.models.inherit.copying import take_normalisation
+from transkd.models import Network, merge_lora, save_segmenter
 from transkd.models.storage.lineage import as_teacher, merge_lineage
-from transkd.models.storage.loading import CLASSIFIERS
-from transkd.report import describe_scores, log_sizes, report_run
-from transkd.settings import LoraSettings, TrainSettings
+from transkd.report import log_sizes, report_run
+from transkd.settings import TrainSettings
 from transkd.training import build, teaching
 from transkd.training.build import Parts
-from transkd.training.calibration import calibration_images
 from transkd.training.capture import Capture
 from transkd.training.class_weights import fill_class_weights
 from transkd.training.compilation import keep_compiled_code
@@ -45,6 +41,7 @@ from transkd.training.rehearsal import (
 )
 from transkd.training.resuming import check_teacher, prepare_resuming
 from transkd.training.scoring import score
+from transkd.training.starting import adapt, freeze_teacher, start_student
 
 __all__ = ["run"]
 
@@ -82,7 +79,9 @@ def run(cfg: DictConfig) -> None:
         if checkpoint is not None:
             check_teacher(checkpoint, about, settings.resume == "force")
         if settings.student.from_teacher:
-            start = start_student(cfg, settings, parts, device, resumed=checkpoint is not None)
+            start = start_student(
+                settings, parts, device, build.build_side_trainer(cfg), resumed=checkpoint is not None
+            )
         if criterion.ever_needs:
             frozen = freeze_teacher(settings, parts, device)
         student.lineage = merge_lineage(student.lineage, as_teacher(teacher.lineage))
@@ -164,12 +163,6 @@ def obstacles_to_graphs(settings: TrainSettings, criterion: Criterion) -> list[s
     return [name for name, present in found.items() if present]
 
 
-def adapt(student: Network, lora: LoraSettings) -> None:
-    """Add LoRA to the student if configured."""
-    if lora.rank is not None:
-        add_lora(student, lora.rank, lora.train, lora.keep_drop_path)
-
-
 def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Parts:
     """Build data, networks and terms, and run all checks that need no training.
 
@@ -196,62 +189,11 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
     return Parts(data, student, teacher if used else None, criterion)
 
 
-def start_student(
-    cfg: DictConfig, settings: TrainSettings, parts: Parts, device: Device, resumed: bool
-) -> dict[str, Any] | None:
-    """Initialise the student from the teacher and evaluate it before training; return an entry for results.json.
-
-    A resumed run loads the student's weights from the checkpoint later, and copies only the teacher's normalisation.
-    """
-    data, student, teacher, _ = parts
-    assert teacher is not None
-    if resumed:
-        take_normalisation(student, teacher)
-        return None
-    how = start_method(settings)
-    solve = settings.student.solve
-    images = calibration_images(data, solve.images, solve.folder, settings.seed)
-    teacher.to(device.local)
-    fresh = {name: tensor.clone() for name, tensor in student.state_dict().items() if name.startswith(CLASSIFIERS)}
-    progress = settings.trainer.enable_progress_bar
-    report = inherit(unmapped(teacher), student, images, how, seed=settings.seed, progress=progress)
-    if isinstance(teacher, MappedClasses):
-        student.load_state_dict({**student.state_dict(), **fresh})
-        log.info("student: the classifier starts from random weights, since the teacher has other classes")
-    teacher.cpu()  # Lightning moves it to the device later
-    log.info("student: %s", report.summary())
-    scores = score(student, data, settings.protocol, build.build_side_trainer(cfg), device)
-    log.info("student: mIoU %.2f %% before any step (%s)", 100 * scores.miou, settings.protocol)
-    return {**report.as_dict(), **describe_scores(scores, settings.protocol, data.classes.names)}
-
-
-def start_method(settings: TrainSettings) -> str:
-    """How the student starts from its teacher, as ``inherit`` calls it."""
-    return "best" if settings.student.from_teacher is True else str(settings.student.from_teacher)
-
-
-def freeze_teacher(settings: TrainSettings, parts: Parts, device: Device, count: int | None = None) -> FrozenTeacher:
-    """Freeze the teacher and, depending on ``teacher.standardise``, standardise its features on ``count`` images."""
-    assert parts.teacher is not None
-    frozen = FrozenTeacher(parts.teacher, parts.criterion.ever_needs, cast_once=device.compile_mode is None)
-    parts.teacher.to(device.local)
-    count = count or settings.student.solve.images
-    images = calibration_images(parts.data, count, seed=settings.seed, device=device.local)
-    scales = frozen.standardise(images, settings.teacher.standardise)
-    parts.teacher.cpu()
-    if scales:
-        log.info(
-            "teacher: features are standardised per channel; their standard deviations were %s (teacher.standardise)",
-            ", ".join(f"{scale:.2g}" for scale in scales),
-        )
-    return frozen
-
-
 def prepare_teacher(
     cfg: DictConfig, settings: TrainSettings, network: Network, data: SegmentationDataModule, device: Device
 ) -> tuple[dict[str, Any], Scores | None]:
     """Load the teacher's weights, train it first if it has none and that is configured, and evaluate it."""
-    source = teacher_source(cfg, settings, network)
+    source = build.teacher_source(cfg, settings, network)
     kept: Path | None = None
     trained: Path | None = None
     if isinstance(source, Path):
@@ -278,16 +220,6 @@ def prepare_teacher(
         if trainer.is_global_zero:
             about["teacher_weights"] = str(teaching.keep(trained, kept))
     return about, scores
-
-
-def teacher_source(cfg: DictConfig, settings: TrainSettings, network: Network) -> str | Path:
-    """The teacher's weights as given, or the path of the teacher that the run trains itself; it need not exist."""
-    if settings.teacher.weights is not None:
-        return settings.teacher.weights
-    task, trainer = cfg.criterion.terms.task.term, teaching.shaping(build.plain(cfg.trainer)[0])
-    parts = build.plain(cfg.data, cfg.teacher.network, cfg.teacher.fit, cfg.optim, task)
-    parts[0] = {key: value for key, value in parts[0].items() if key not in ("cache", "augment")}  # the same data
-    return teaching.kept_teacher(settings.teacher, settings.name, network.name, [parts, trainer, settings.seed])
 
 
 def fit_teacher(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import lightning as L
@@ -19,7 +20,8 @@ from transkd.models import MappedClasses, Network, load_weights
 from transkd.models.class_map import read_class_map
 from transkd.models.storage.lineage import check_license_policy
 from transkd.models.storage.sources import read_weights
-from transkd.settings import StudentSettings, TeacherSettings
+from transkd.settings import StudentSettings, TeacherSettings, TrainSettings
+from transkd.training import teaching
 from transkd.training.averaging import StudentAverage
 from transkd.training.device import device_of
 from transkd.training.optimization import Optimization
@@ -39,6 +41,7 @@ __all__ = [
     "build_trainer",
     "enter_protocol",
     "instantiated",
+    "teacher_source",
 ]
 
 log = logging.getLogger(__name__)
@@ -225,6 +228,16 @@ def precision(cfg: DictConfig, trains: bool = True) -> str | int:
     """Precision of a Trainer; see ``choose_precision``."""
     trainer = cfg.trainer
     return choose_precision(trainer.get("precision", "32-true"), device_of(trainer.get("accelerator", "auto")), trains)
+
+
+def teacher_source(cfg: DictConfig, settings: TrainSettings, network: Network) -> str | Path:
+    """The teacher's weights as given, or the path of the teacher that the run trains itself; it need not exist."""
+    if settings.teacher.weights is not None:
+        return settings.teacher.weights
+    task, trainer = cfg.criterion.terms.task.term, teaching.shaping(plain(cfg.trainer)[0])
+    parts = plain(cfg.data, cfg.teacher.network, cfg.teacher.fit, cfg.optim, task)
+    parts[0] = {key: value for key, value in parts[0].items() if key not in ("cache", "augment")}  # the same data
+    return teaching.kept_teacher(settings.teacher, settings.name, network.name, [parts, trainer, settings.seed])
 
 
 def plain(*parts: DictConfig) -> list[Any]:

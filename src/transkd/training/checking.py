@@ -19,7 +19,6 @@ from transkd.losses import Criterion
 from transkd.models import FrozenTeacher, Network
 from transkd.models.class_map import unmapped
 from transkd.models.inherit.methods import allowed_method
-from transkd.run import adapt, freeze_teacher, start_method, teacher_source
 from transkd.settings import CheckSettings
 from transkd.training import build, teaching
 from transkd.training.build import Parts
@@ -32,6 +31,7 @@ from transkd.training.process import prepare_process
 from transkd.training.rehearsal import check_schedules, class_problems, dominating, rehearse, weighted
 from transkd.training.resuming import find_checkpoint
 from transkd.training.scoring import score
+from transkd.training.starting import adapt, freeze_teacher, start_method
 
 __all__ = ["Findings", "check"]
 
@@ -184,7 +184,7 @@ def check_networks(
 
 def check_teacher(findings: Findings, cfg: DictConfig, settings: CheckSettings, teacher: Network) -> None:
     """Load the teacher's weights, if the run would not train it first."""
-    source = teacher_source(cfg, settings, teacher)
+    source = build.teacher_source(cfg, settings, teacher)
     if isinstance(source, Path) and not source.is_file():
         epochs = settings.teacher.fit.max_epochs
         findings.facts["teacher"] = f"{teacher.name}, trained first by the run (epochs: {epochs}); random here"
