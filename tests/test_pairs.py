@@ -83,6 +83,7 @@ def test_any_module_teaches_and_learns(root):
     bare.load_state_dict(student(root, "modules"), strict=True)
 
 
+@pytest.mark.slow
 def test_the_student_can_start_as_a_copy_of_the_teacher(root, b0_file, caplog):
     caplog.set_level(logging.INFO)
     settings = ["student.from_teacher=copy", f"teacher.weights={b0_file}", "optim.optimizer.lr=0"]
@@ -114,6 +115,7 @@ def test_a_smaller_student_starts_from_its_teacher(root, b0_file, caplog, how):
     assert "before any step (full-res)" in caplog.text
 
 
+@pytest.mark.slow
 def test_raw_features_of_a_teacher_are_brought_to_the_usual_scale(root, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     teacher = create_segmenter("resnet18", num_classes=19, head="fpn", width=64)

@@ -46,7 +46,9 @@ def dotted(node):
 
 
 def is_private(name):
-    return name.startswith("torch.ops.") or any(part.startswith("_") for part in name.split("."))
+    return name.startswith("torch.ops.") or any(
+        part.startswith("_") and not part.endswith("__") for part in name.split(".")
+    )
 
 
 def private_names(text, members):

@@ -69,6 +69,7 @@ def test_the_early_look_at_schedules_asks_for_no_epochs_and_counts_every_step(ro
         look("trainer.max_epochs=1", "trainer.accumulate_grad_batches=4")
 
 
+@pytest.mark.slow
 def test_automatic_weights_are_saved_and_reused(root, monkeypatch):
     auto = ['criterion.terms.cwd.weight="auto(0.3)"', "trainer.max_epochs=4", "name=auto"]
     run(composed(root, "undisturbed", *SHORT, *auto))
@@ -93,6 +94,7 @@ def test_automatic_weights_are_saved_and_reused(root, monkeypatch):
     assert_identical(student(root, "undisturbed"), student(root, "resumed"))
 
 
+@pytest.mark.slow
 def test_gradients_can_be_looked_at_and_change_nothing(root):
     run(composed(root, "plain", *SHORT))
     run(composed(root, "looked", *SHORT, "gradients_every=2"))

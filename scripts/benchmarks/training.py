@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from benchmarks import measure
 from benchmarks.forward import draw_out, drawn_out_attention, roughen
-from transkd.cli import CONF, explain
+from transkd.cli import CONF
+from transkd.command.explaining import explain
 from transkd.errors import UserError
 from transkd.layers.token_linear import TokenLinear
 from transkd.losses import Criterion, cross_entropy

@@ -159,7 +159,7 @@ def test_an_image_of_absurd_size_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)  # an error from twice as many pixels on
     path = tmp_path / "image.png"
     Image.fromarray(PIXELS).save(path)
-    with pytest.raises(UserError, match=r"cannot read the image .*image\.png"):
+    with pytest.raises(UserError, match=r"image\.png has more than 178 megapixels"):
         read_image(path)
 
 

@@ -139,8 +139,7 @@ def card_of(path, form):
 
 
 # Each format, opened by its own library
-
-
+@pytest.mark.slow
 def test_onnx_gives_the_same_classes_at_any_size_and_batch(exported, network):
     theirs = session(exported("onnx"))
     assert [(i.name, i.shape, i.type) for i in theirs.get_inputs()] == [
@@ -445,8 +444,7 @@ def test_plain_resize():
 
 
 # The command
-
-
+@pytest.mark.slow
 def test_the_command_line(source, tmp_path):
     def command(*arguments):
         line = [sys.executable, "-m", "transkd.export", f"weights={source}", *arguments]

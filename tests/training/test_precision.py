@@ -100,7 +100,7 @@ def test_steps_of_a_run(trainer, expected):
 
 def steps_of(optimizer, precision="32-true", clip=None):
     layer = nn.Linear(3, 2)
-    trainer = SimpleNamespace(precision=precision, gradient_clip_val=clip)
+    trainer = SimpleNamespace(precision=precision, gradient_clip_val=clip, estimated_stepping_batches=1)
     return Optimization(optimizer).configure(layer.parameters(), trainer).defaults.get("fused")
 
 

@@ -59,7 +59,7 @@ def _details(error: BaseException, cfg: DictConfig | None) -> str:
             f"command: {shlex.join(sys.argv)}",
             f"folder: {os.getcwd()}",
             f"python: {platform.python_version()} on {platform.platform()}",
-            *(f"{name}: {_version(name)}" for name in PACKAGES),
+            *(f"{name}: {_version_of(name)}" for name in PACKAGES),
             "",
             trace,
             "configuration:",
@@ -68,7 +68,7 @@ def _details(error: BaseException, cfg: DictConfig | None) -> str:
     )
 
 
-def _version(name: str) -> str:
+def _version_of(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:

@@ -78,7 +78,7 @@ class LabelReader:
             first = int(self.form.reduce_zero_label)
             self.table[first : first + self.names] = np.arange(self.names)
             self.table[:first] = IGNORE
-        self.table[[*({IGNORE} - _values(self.form.ids)), *void]] = IGNORE
+        self.table[[*({IGNORE} - _whole_numbers(self.form.ids)), *void]] = IGNORE
         self.colours = self._colour_table() if self.form.colors else None
 
     def read(
@@ -265,7 +265,7 @@ def _codes(colours: Array) -> Array:
     return (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
 
 
-def _values(ids: Mapping[int | str, Any] | None) -> set[int]:
+def _whole_numbers(ids: Mapping[int | str, Any] | None) -> set[int]:
     return {key for key in ids or () if isinstance(key, int)}
 
 

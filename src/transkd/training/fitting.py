@@ -64,7 +64,7 @@ def _rescue(trainer: L.Trainer, distiller: Distiller, deployed: Path | None) -> 
     if not all(parameter.isfinite().all() for parameter in distiller.student.parameters()):
         return ""
     merge_lora(distiller.student)
-    unfinished = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+    unfinished = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
     try:
         save_segmenter(distiller.student, deployed, **distiller.notes, unfinished=unfinished)
     except UserError:  # a full disk may be why the validation failed

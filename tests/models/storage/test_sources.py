@@ -187,6 +187,7 @@ def test_a_wrapped_modules_file_holds_its_own_names(tmp_path):
         load_segmenter(tmp_path / "student.safetensors")
 
 
+@pytest.mark.slow
 def test_the_card_builds_networks_of_every_kind(tmp_path):
     torch.manual_seed(0)
     args = {"head": "fpn", "width": 64, "encoder": {"drop_path_rate": 0.2}, "mean": (0, 0, 0), "std": (1, 1, 1)}
