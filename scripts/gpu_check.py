@@ -272,6 +272,19 @@ def part_step(part: str, batch: int, dtype: torch.dtype, ways: list[str], mode: 
         del step, found, expected
 
 
+def part_benchmark(part: str, arguments: list[str]) -> None:
+    """A subcommand of ``benchmark.py``, whose rows go to ``FOLDER/PART.json``."""
+    import benchmark
+
+    device = ["--device", "cuda"] if CUDA else ["--rounds", "1"] if "--rounds" in arguments else []
+    benchmark.main([*arguments, *device, "--json", str(OUT / f"{part}.json")])
+
+
+FORWARD = ["forward", "--against", "transformers", "--dtype", "bf16", "--compile", "reduce-overhead", "--rounds", "9"]
+TRAIN = ["train", "--dtype", "bf16", "--batch", "8", "--size", "512", "1024", "--workers", "14", "--images", "64"]
+TRAIN += ["--steps", "100", "--warmup", "40"]
+SMALL = ["--size", "64", "128"]
+
 BF16, F32 = torch.bfloat16, torch.float32
 PARTS: dict[str, tuple[int, Callable[[], None]]] = {
     "machine": (40, part_machine),
@@ -282,6 +295,8 @@ PARTS: dict[str, tuple[int, Callable[[], None]]] = {
     "step8-whole": (170, lambda: part_step("step8-whole", 8, BF16, ["whole"])),
     "step2": (110, lambda: part_step("step2", 2, BF16, ["eager", "reference", "regions"])),
     "step8-f32": (120, lambda: part_step("step8-f32", 8, F32, ["eager", "reference", "regions"])),
+    "forward": (90, lambda: part_benchmark("forward", FORWARD + (SMALL if TINY else []))),
+    "train": (150, lambda: part_benchmark("train", ["train", *SMALL] if TINY else TRAIN)),
     "cast": (40, lambda: part_step("cast", 8, BF16, ["eager", "eager, the teacher's weights cast at every step"])),
 }
 
