@@ -68,7 +68,6 @@ def run(cfg: DictConfig) -> None:
     device = device.settled(planned_steps(data, settings.trainer), obstacles_to_graphs(settings, criterion))
     rehearse(student, teacher if criterion.ever_needs else None, criterion, data)
     optimization, trainer = build.build_optimization(cfg), build.build_trainer(cfg)
-    optimization.build_both(student.parameters(), total=1000)  # raises for wrong arguments
     notes: dict[str, Any] = {"experiment": settings.name, "eval_transform": serialise(data.eval_transform)}
     notes["classes"] = data.classes
     rehearse_writing(student, notes, {})

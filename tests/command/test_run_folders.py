@@ -46,16 +46,16 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch)
     first = composed()
     RunFolder().on_run_start(first)
     run = OmegaConf.select(first, "hydra.run.dir")
-    (tmp_path / run / "metrics.csv").touch()
+    (tmp_path / run / "student.safetensors").touch()
     second, third = composed(), composed()
     for cfg in (second, third):
         OmegaConf.set_cache(cfg, OmegaConf.get_cache(first))  # the time
         RunFolder().on_run_start(cfg)
-        (tmp_path / cfg.hydra.run.dir / "metrics.csv").touch()
+        (tmp_path / cfg.hydra.run.dir / "student.safetensors").touch()
     assert [second.hydra.run.dir, third.hydra.run.dir] == [f"{run}_2", f"{run}_3"]
 
 
-@pytest.mark.parametrize("name", ["checkpoints/last.ckpt", "student.safetensors", "metrics.csv", "results.json"])
+@pytest.mark.parametrize("name", ["checkpoints/last.ckpt", "student.safetensors", "results.json"])
 def test_a_named_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "run" / name
@@ -72,8 +72,8 @@ def test_a_named_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path, mon
 def test_a_score_may_be_taken_again_but_not_over_a_training_run(tmp_path):
     (tmp_path / "results.json").touch()
     enter(tmp_path, scores_only=True)
-    (tmp_path / "metrics.csv").touch()
-    with pytest.raises(UserError, match=r"metrics\.csv would be overwritten"):
+    (tmp_path / "student.safetensors").touch()
+    with pytest.raises(UserError, match=r"student\.safetensors would be overwritten"):
         enter(tmp_path, scores_only=True)
 
 

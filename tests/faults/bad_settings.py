@@ -22,7 +22,7 @@ OURS = {
     "compile_regions": SWITCH,
     "keep_freed_memory": SWITCH,
     "channels_last": SWITCH,
-    "compile": ["abc", "3", "null", "[true]", "''"],
+    "compile": ["abc", "3", "null", "[true]"],
     "name": TEXT,
     "run_dir": ["/proc/nope", "/dev/null/run", "/dev/null", "[a]"],
     "ckpt_path": ["nowhere.ckpt", "/", "/dev/null", "[a]", "last"],

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from runs import TINY
 
 from transkd import train
-from transkd.cli import CONF
+from transkd.cli import CONF, import_plugins
 from transkd.command.explaining import explain
 from transkd.run import run
 from transkd.settings import TrainSettings
@@ -91,7 +91,7 @@ class Door:
             else:
                 cfg = self.base.copy()
                 ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides([mistake]), cfg)
-            TrainSettings.read(cfg)
+            import_plugins(TrainSettings.read(cfg).plugins)
             run(cfg)
         except Exception as error:
             return explain(error, [mistake]) or f"FAULT: {type(error).__name__}: {error}"

@@ -26,9 +26,10 @@ def quiet(tmp_path_factory):
 
 
 def end_well(root, run):
-    """Go on until the run is whole; from its last checkpoint if it has one."""
+    """Go on from the last checkpoint, or begin anew if there is none, until a run is whole."""
     last = root / run / "checkpoints" / "last.ckpt"
     resume = [f"ckpt_path={last}"] if last.is_file() else []
+    run = run if resume else f"{run}_anew"
     process = command(root, *SETTINGS, f"hydra.run.dir={run}", *resume)
     process.join()
     assert process.exitcode == 0, said(root)

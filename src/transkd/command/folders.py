@@ -20,8 +20,8 @@ __all__ = ["Refusal", "RunFolder", "enter", "rank"]
 
 LOCK = ".lock"
 TORCHRUN = "TORCHELASTIC_RUN_ID"
-TRAINED = ("checkpoints/*.ckpt", "student.safetensors", "metrics.csv")
-"""Files of a training run that another run would overwrite."""
+TRAINED = ("checkpoints/*.ckpt", "student.safetensors")
+"""Files of a training run that are worth keeping; metrics.csv alone is left by one that ended in its first epoch."""
 PATIENCE = 60.0
 """Seconds to wait for the process with rank 0 under torchrun."""
 _held: dict[Path, int] = {}

@@ -52,8 +52,8 @@ class Network(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0 < scale < float("inf"):
-            raise UserError(f"a network's scale must be a number greater than 0; got {scale}")
+        if not 0 < scale <= 16:
+            raise UserError(f"a network's scale must be a number greater than 0 and at most 16; got {scale}")
         if std is not None and not all(0 < value < float("inf") for value in std):
             raise UserError(f"a network's std must be numbers greater than 0; got {list(std)}")
         self.scale = scale

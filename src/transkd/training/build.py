@@ -162,7 +162,7 @@ def build_optimization(cfg: DictConfig) -> Optimization:
     """Build optimizer and schedule.
 
     Raises:
-        UserError: one of them cannot be called.
+        UserError: one of them cannot be called, or does not accept its arguments.
     """
     optim = cfg.optim
     optimizer, scheduler = instantiated(optim.optimizer), instantiated(optim.scheduler)
@@ -171,7 +171,9 @@ def build_optimization(cfg: DictConfig) -> Optimization:
             raise UserError(
                 f"optim.{name} has no _target_: expected a class such as torch.optim.AdamW, _partial_: true"
             )
-    return Optimization(optimizer, scheduler, optim.interval, optim.horizon)
+    optimization = Optimization(optimizer, scheduler, optim.interval, optim.horizon)
+    optimization.build_both(nn.Linear(1, 1).parameters(), total=1000)  # raises for wrong arguments
+    return optimization
 
 
 def build_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:

@@ -53,7 +53,9 @@ class Optimization:
     def configure(self, parameters: Iterable[nn.Parameter], trainer: Trainer) -> Any:
         """Build the value that ``LightningModule.configure_optimizers`` returns."""
         clips_scaled = trainer.precision == "16-mixed" and trainer.gradient_clip_val  # Lightning refuses it fused
-        run = trainer.max_epochs if self.interval == "epoch" else trainer.estimated_stepping_batches
+        run = None
+        if self.scheduler is not None:
+            run = trainer.max_epochs if self.interval == "epoch" else trainer.estimated_stepping_batches
         optimizer, schedule = self.build_both(parameters, int(self.horizon or run or 1), fused=not clips_scaled)
         if schedule is None:
             return optimizer
