@@ -17,8 +17,9 @@ from runs import TINY, assert_identical, composed, results, student
 from transkd.cli import CONF
 from transkd.errors import UserError
 from transkd.models import load_segmenter
-from transkd.run import run, teacher_source
+from transkd.run import run
 from transkd.settings import TrainSettings
+from transkd.training.build import teacher_source
 from transkd.training.distiller import Distiller
 from transkd.training.replaying import replay
 
