@@ -1,4 +1,8 @@
-"""Runs of the command ``train`` in a forked process, which can be signalled, killed or short of disk."""
+"""Runs of the command ``train`` in a process of their own, which can be signalled, killed or short of disk.
+
+They are forked from a server that has imported everything and computed nothing: a fork of the tests' own process could
+compute no gradients.
+"""
 
 import multiprocessing
 import os
@@ -10,12 +14,13 @@ from door import SMALL
 
 from transkd import train
 
-FORK = multiprocessing.get_context("fork")
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["transkd.run"])
 
 
 def command(folder: Path, *overrides: str, file_limit: int | None = None):
     """Start the command in a folder; it writes what it says into ``said.txt`` there."""
-    process = FORK.Process(target=_child, args=(folder, overrides, file_limit))
+    process = SERVER.Process(target=_child, args=(folder, overrides, file_limit))
     process.start()
     return process
 
