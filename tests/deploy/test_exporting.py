@@ -32,7 +32,8 @@ RESIZE = {"transform": {"__class_fullname__": "Compose", "transforms": [
     {"__class_fullname__": "Resize", "height": 64, "width": 96, "p": 1.0}]}}  # fmt: skip
 TINY = {"encoder": {"channels": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "heads": [1, 2, 3, 4]}, "width": 16}
 NAMES = {"onnx": "student.onnx", "torch": "student.pt2", "safetensors": "student.safetensors", "hf": "student"}
-FORMS = [*(form for form in NAMES if form != "torch"), pytest.param("torch", marks=pytest.mark.slow)]
+LONG = [pytest.param(form, marks=pytest.mark.slow) for form in ("onnx", "torch")]  # exporters trace the network
+FORMS = ["safetensors", "hf", *LONG]
 SIZES = ((64, 96), (80, 80), (75, 133))
 
 
@@ -153,6 +154,7 @@ def test_onnx_gives_the_same_classes_at_any_size_and_batch(exported, network):
         assert (out.argmax(1) == ours.argmax(1)).all()
 
 
+@pytest.mark.slow
 def test_onnx_holds_the_networks_numbers_and_nothing_of_the_machine(exported, network):
     import onnx
 
@@ -234,7 +236,7 @@ def test_the_card_survives_in_every_format(exported, network, form):
     assert card["recipe"] == network.recipe
 
 
-@pytest.mark.parametrize("form", ["onnx", "safetensors", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["safetensors", *LONG])
 def test_preprocessing_lies_beside_a_file(exported, network, form):
     folder = exported(form).parent
     assert sorted(path.name for path in folder.iterdir()) == sorted([NAMES[form], f"{NAMES[form]}.preprocess.json"])

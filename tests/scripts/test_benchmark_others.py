@@ -74,6 +74,7 @@ def test_what_scores_otherwise_is_refused(tmp_path, monkeypatch):
 LOADER = ("loader", "--teacher", "segformer_b0", "--distill", "kd", "--data", "synthetic", "--frame", 96, 192)
 
 
+@pytest.mark.slow
 def test_loader(tmp_path, capsys):
     found = run(tmp_path, *LOADER, "--images", 2, "--passes", 2, "--workers", 0, 1)
     assert set(found) == KEYS | {"images_per_core_s", "cores_needed"}
