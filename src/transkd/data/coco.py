@@ -2,9 +2,9 @@
 
 import hashlib
 import importlib
+import io
 import json
 import os
-import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from transkd.data.folder import BySplit, of_split
 from transkd.data.listing import Pair, elsewhere, find_files, named
 from transkd.data.reading import read_size
 from transkd.errors import UserError
+from transkd.files import write_atomically
 from transkd.outputs import IGNORE
 
 __all__ = ["find_coco"]
@@ -143,9 +144,7 @@ def _draw(data: dict[str, Any], path: Path, target: Path, ids: Mapping[str | Non
             label[mask] = class_id
         _save(label, target / f"{image['file_name']}.png")
     names = "".join(f"{name}\n" for name in sorted(image["file_name"] for image in data["images"]))
-    temporary = target / f".{uuid.uuid4().hex}.tmp"
-    temporary.write_text(names, encoding="utf-8")
-    os.replace(temporary, target / INDEX)
+    write_atomically(target / INDEX, names.encode())
 
 
 def _check_names(names: Sequence[str], files: Mapping[str, Path], path: Path, folder: Path) -> None:
@@ -200,10 +199,6 @@ def _mask(annotation: dict[str, Any], image: dict[str, Any], path: Path, mask_to
 
 
 def _save(pixels: npt.NDArray[np.uint8], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        Image.fromarray(pixels).save(temporary, format="PNG", compress_level=3)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG", compress_level=3)
+    write_atomically(path, content.getbuffer(), sync=False)
