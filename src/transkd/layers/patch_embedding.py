@@ -4,6 +4,8 @@ import math
 
 from torch import Tensor, nn
 
+from transkd.layers.token_norm import TokenNorm
+
 __all__ = ["OverlapPatchEmbedding", "init_vision_weights"]
 
 
@@ -29,7 +31,7 @@ class OverlapPatchEmbedding(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
-        self.norm = nn.LayerNorm(out_channels, eps=1e-5)
+        self.norm = TokenNorm(out_channels, eps=1e-5)
 
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed an image or a feature map."""

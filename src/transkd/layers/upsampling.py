@@ -53,7 +53,8 @@ def add_upsampled(total: Tensor, maps: Tensor) -> None:
     size = total.shape[-2:]
     requires_grad = torch.is_grad_enabled() and (total.requires_grad or maps.requires_grad)
     if requires_grad or total.device.type != "cpu" or torch.compiler.is_compiling():
-        total += upsampled(maps, size)
+        with torch.autocast(total.device.type, enabled=False):  # which would widen the maps to float32 on a GPU
+            total += upsampled(maps, size)
         return
     channels = max(32, AT_ONCE // max(1, total[:, 0].numel()))
     for sums, added in zip(torch.split(total, channels, 1), torch.split(maps, channels, 1), strict=True):

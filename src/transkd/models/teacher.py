@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from transkd.layers.token_linear import TokenLinear
+from transkd.layers.token_norm import TokenNorm
 from transkd.outputs import EVERYTHING, SegmentationOutput
 
 __all__ = ["FrozenTeacher", "channel_statistics"]
 
 CAST_BY_AUTOCAST = {nn.Linear, TokenLinear, nn.Conv2d}
-"""Layers, without subclasses, whose weights are used only in an operation that autocast casts."""
+"""Layers, without subclasses, whose weights only an operation reads that autocast casts; on a GPU also TokenNorm."""
 USUAL_SCALE = (1 / 3, 3.0)
 """Range of the mean standard deviation of a stage's channels after a LayerNorm; raw maps of CNNs have 2 to 11."""
 
@@ -47,8 +48,12 @@ class FrozenTeacher(nn.Module):
     def __init__(self, network: nn.Module, needs: Collection[str] = EVERYTHING, cast_once: bool = True) -> None:
         super().__init__()
         object.__setattr__(self, "network", network.eval().requires_grad_(False))
-        layers = {name: module for name, module in network.named_modules() if type(module) in CAST_BY_AUTOCAST}
-        self._weights = {f"{name}.{own}": p for name, layer in layers.items() for own, p in layer.named_parameters()}
+        self._weights = {
+            f"{name}.{own}": (parameter, type(layer))
+            for name, layer in network.named_modules()
+            if type(layer) in {*CAST_BY_AUTOCAST, TokenNorm}
+            for own, parameter in layer.named_parameters()
+        }
         self._cast: dict[str, Tensor] = {}
         self._cast_from: tuple[object, ...] = ()
         self._statistics: list[tuple[Tensor, Tensor]] = []
@@ -101,10 +106,12 @@ class FrozenTeacher(nn.Module):
         if not self.cast_once or not torch.is_autocast_enabled(device):
             return {}
         dtype = torch.get_autocast_dtype(device)
+        kinds = CAST_BY_AUTOCAST | ({TokenNorm} if device == "cuda" and dtype == torch.bfloat16 else set())
+        weights = {name: weight for name, (weight, kind) in self._weights.items() if kind in kinds}
         # the version counter is the only trace of a write in place; it has no public name
-        state = (dtype, *((weight.data_ptr(), weight._version) for weight in self._weights.values()))
+        state = (dtype, *((weight.data_ptr(), weight._version) for weight in weights.values()))
         if state != self._cast_from:  # weights were loaded or moved
-            self._cast = {name: w if w.dtype == torch.float64 else w.to(dtype) for name, w in self._weights.items()}
+            self._cast = {name: w if w.dtype == torch.float64 else w.to(dtype) for name, w in weights.items()}
             self._cast_from = state
         return self._cast
 

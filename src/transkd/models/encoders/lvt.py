@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transkd.layers.attention import attend
 from transkd.layers.patch_embedding import OverlapPatchEmbedding, init_vision_weights
 from transkd.layers.token_linear import TokenLinear
+from transkd.layers.token_norm import TokenNorm
 from transkd.models.encoders.drop_path import DropPath
 from transkd.models.encoders.mit import check_heads, check_size, to_tokens
 
@@ -89,7 +90,7 @@ class AtrousAttention(nn.Module):
         self.reduction = reduction
         if reduction > 1:
             self.sr = nn.Conv2d(channels, channels, reduction, stride=reduction)
-            self.norm = nn.LayerNorm(channels, eps=1e-5)
+            self.norm = TokenNorm(channels, eps=1e-5)
 
     def attend(self, x: Tensor) -> Tensor:
         """Apply attention once, map [B, H, W, C] to map [B, H, W, C]."""
@@ -142,9 +143,9 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, attn: nn.Module, mlp: nn.Module, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-5)
+        self.norm1 = TokenNorm(channels, eps=1e-5)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
+        self.norm2 = TokenNorm(channels, eps=1e-5)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path)
 

@@ -14,6 +14,7 @@ from transkd.errors import UserError
 from transkd.layers.attention import attend
 from transkd.layers.patch_embedding import OverlapPatchEmbedding, init_vision_weights
 from transkd.layers.token_linear import TokenLinear
+from transkd.layers.token_norm import TokenNorm
 from transkd.models.encoders.drop_path import DropPath
 
 __all__ = ["MixTransformer"]
@@ -66,7 +67,7 @@ class EfficientAttention(nn.Module):
         self.reduction = reduction
         if reduction > 1:
             self.sr = nn.Conv2d(channels, channels, reduction, stride=reduction)
-            self.norm = nn.LayerNorm(channels, eps=1e-5)
+            self.norm = TokenNorm(channels, eps=1e-5)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens [B, N, C] on their grid (H, W) to tokens [B, N, C]."""
@@ -107,9 +108,9 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, heads: int, reduction: int, mlp_ratio: int, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.norm1 = TokenNorm(channels, eps=1e-6)
         self.attn = EfficientAttention(channels, heads, reduction)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.norm2 = TokenNorm(channels, eps=1e-6)
         self.mlp = MixFFN(channels, mlp_ratio * channels)
         self.drop_path = DropPath(drop_path)
 
@@ -180,7 +181,7 @@ class MixTransformer(nn.Module):
             blocks = [Block(width, heads[i], reductions[i], mlp_ratio, next(drop_rates)) for _ in range(depths[i])]
             self.add_module(f"patch_embed{i + 1}", embed)
             self.add_module(f"block{i + 1}", nn.ModuleList(blocks))
-            self.add_module(f"norm{i + 1}", nn.LayerNorm(width, eps=1e-6))
+            self.add_module(f"norm{i + 1}", TokenNorm(width, eps=1e-6))
         self.apply(init_vision_weights)
         self.reset_classifier(num_classes)
 
