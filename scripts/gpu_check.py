@@ -1,13 +1,15 @@
 """Measure correctness and speed on a GPU in a few minutes: each part in its own process, results written at once.
 
-python scripts/gpu_check.py --out FOLDER [--parts NAME …] [--limit SECONDS] [--tiny]
+python scripts/gpu_check.py --out FOLDER [--parts NAME …] [--limit SECONDS] [--camvid FOLDER --teacher FILE] [--tiny]
 
 ``FOLDER/results.jsonl`` gets a line per measurement, ``FOLDER/NAME.log`` the output of a part. A part that hangs is
-stopped at its time limit; the others still run. ``--tiny``: small sizes, for a trial on a CPU.
+stopped at its time limit; the others still run. They run in an order by which the first 8 minutes hold what matters
+most. ``--tiny``: small sizes, for a trial on a CPU.
 """
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -27,6 +29,8 @@ HERE = Path(__file__).parent
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 OUT: Path
+CAMVID: Path | None = None
+TEACHER: Path | None = None
 TINY = False
 
 
@@ -280,6 +284,14 @@ def part_benchmark(part: str, arguments: list[str]) -> None:
     benchmark.main([*arguments, *device, "--json", str(OUT / f"{part}.json")])
 
 
+def part_runs() -> None:
+    """Scores of whole runs, eager, compiled, killed and resumed, all at once: their minutes say nothing."""
+    from benchmarks.compiled_runs import compare_runs
+
+    mode, epochs = ("reduce-overhead", 20) if CUDA else ("false", 4)
+    compare_runs((OUT / "runs").absolute(), CAMVID, TEACHER, epochs, mode, functools.partial(say, "runs"))
+
+
 FORWARD = ["forward", "--against", "transformers", "--dtype", "bf16", "--compile", "reduce-overhead", "--rounds", "9"]
 TRAIN = ["train", "--dtype", "bf16", "--batch", "8", "--size", "512", "1024", "--workers", "14", "--images", "64"]
 TRAIN += ["--steps", "100", "--warmup", "40"]
@@ -288,15 +300,16 @@ SMALL = ["--size", "64", "128"]
 BF16, F32 = torch.bfloat16, torch.float32
 PARTS: dict[str, tuple[int, Callable[[], None]]] = {
     "machine": (40, part_machine),
-    "upsampling": (40, part_upsampling),
-    "cross-entropy": (70, part_cross_entropy),
     "step8": (150, lambda: part_step("step8", 8, BF16, ["eager", "reference", "regions"])),
-    "step8-warm": (60, lambda: part_step("step8-warm", 8, BF16, ["regions"])),
-    "step8-whole": (170, lambda: part_step("step8-whole", 8, BF16, ["whole"])),
+    "train": (130, lambda: part_benchmark("train", ["train", *SMALL] if TINY else TRAIN)),
     "step2": (110, lambda: part_step("step2", 2, BF16, ["eager", "reference", "regions"])),
     "step8-f32": (120, lambda: part_step("step8-f32", 8, F32, ["eager", "reference", "regions"])),
+    "runs": (240, part_runs),
+    "step8-warm": (60, lambda: part_step("step8-warm", 8, BF16, ["regions"])),
     "forward": (90, lambda: part_benchmark("forward", FORWARD + (SMALL if TINY else []))),
-    "train": (150, lambda: part_benchmark("train", ["train", *SMALL] if TINY else TRAIN)),
+    "step8-whole": (170, lambda: part_step("step8-whole", 8, BF16, ["whole"])),
+    "cross-entropy": (70, part_cross_entropy),
+    "upsampling": (40, part_upsampling),
     "cast": (40, lambda: part_step("cast", 8, BF16, ["eager", "eager, the teacher's weights cast at every step"])),
 }
 
@@ -311,6 +324,7 @@ def run_all(names: list[str], limit: float, tiny: bool) -> None:
             continue
         allowed = min(PARTS[name][0] * (10 if tiny else 1), left)
         command = [sys.executable, __file__, "--out", str(OUT), "--part", name, *(["--tiny"] if tiny else [])]
+        command += [*(["--camvid", str(CAMVID)] if CAMVID else []), *(["--teacher", str(TEACHER)] if TEACHER else [])]
         start = time.monotonic()
         with (OUT / f"{name}.log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -328,15 +342,19 @@ def run_all(names: list[str], limit: float, tiny: bool) -> None:
 
 def main() -> None:
     """Parse the command line and run the parts."""
-    global OUT, TINY
+    global OUT, CAMVID, TEACHER, TINY
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--part", choices=PARTS, help="run only this part, in this process")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for all parts together")
+    parser.add_argument("--camvid", type=Path, help="CamVid for the part runs; without it scenes are drawn")
+    parser.add_argument(
+        "--teacher", type=Path, help="weights of a SegFormer-B1 for the part runs; without it there is none"
+    )
+    parser.add_argument("--limit", type=float, default=480, help="seconds for all parts together")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a trial on a CPU")
     args = parser.parse_args()
-    OUT, TINY = args.out, args.tiny
+    OUT, CAMVID, TEACHER, TINY = args.out, args.camvid, args.teacher, args.tiny
     OUT.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(HERE))
     if args.part:

@@ -107,6 +107,7 @@ class Stage(nn.Module):
         return self.norm(image)
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_on_a_gpu_a_teacher_s_norms_are_converted_once(gpu):
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     teacher = FrozenTeacher(Stage(norm_on(gpu)))
