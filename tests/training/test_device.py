@@ -145,8 +145,8 @@ def test_no_graph_break_and_no_compiling_after_the_first_step(tmp_path, eager_ba
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("segformer_b2", {"Block": 16, "OverlapPatchEmbedding": 4, "LayerNorm": 4, "SegformerHead": 1}),
-        ("segformer_b0 LoRA", {"Block": 8, "OverlapPatchEmbedding": 4, "LayerNorm": 4, "SegformerHead": 1}),
+        ("segformer_b2", {"Block": 16, "OverlapPatchEmbedding": 4, "TokenNorm": 4, "SegformerHead": 1}),
+        ("segformer_b0 LoRA", {"Block": 8, "OverlapPatchEmbedding": 4, "TokenNorm": 4, "SegformerHead": 1}),
         ("lvt", {"Block": 8, "OverlapPatchEmbedding": 4, "SegformerHead": 1}),
         ("deeplabv3plus_resnet101", {"Bottleneck": 33, "ASPPConv": 3}),
         ("convnext_atto", {"ConvNeXtBlock": 12}),
