@@ -1,14 +1,17 @@
 """Soft Dice loss with the labels, as a term."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from transkd.layers.bands import gradient_for, over_bands, with_gradient
+from transkd.layers.upsampled_cross_entropy import softmax_, subtract_at_labels
 from transkd.losses.shared.checks import check_share
-from transkd.losses.shared.labelled import checked_weights, logits_at_labels
-from transkd.outputs import SegmentationOutput
+from transkd.losses.shared.labelled import checked_weights, labelled_logits
+from transkd.outputs import IGNORE, SegmentationOutput
 
 __all__ = ["TaskDice"]
 
@@ -19,7 +22,7 @@ class TaskDice(nn.Module):
     ``Σ_c w[c] · (1 − (2 Σ_x p_c(x) y_c(x) + s) / (Σ_x p_c(x) + Σ_x y_c(x) + s)) / Σ_c w[c]`` over the classes c that
     occur in the batch's labels, with sums over all valid pixels x of the batch; 0 if no class occurs. A small class
     counts as much as a large one. Since the sums go over the batch, several processes differ from one with the joined
-    batch. Logits are stored at the labels' size.
+    batch.
 
     Source: Milletari et al., arXiv 1606.04797, section 3, without their squares and for several classes.
 
@@ -62,14 +65,39 @@ class TaskDice(nn.Module):
         target: Tensor | None = None,
     ) -> Tensor:
         """Compare the student's probabilities with the labels."""
-        logits, labels, valid, weights = logits_at_labels(self, student, target, self.class_weights, self.resolution)
-        probabilities = logits.softmax(1) * valid[:, None]
-        of_label = probabilities.gather(1, labels[:, None]).flatten()
-        chosen, counted = labels.flatten(), valid.flatten().to(logits)
-        both = logits.new_zeros(len(weights)).index_add(0, chosen, of_label)
-        present = logits.new_zeros(len(weights)).index_add(0, chosen, counted)
-        tiny = torch.finfo(logits.dtype).tiny
-        total = probabilities.sum((0, 2, 3)) + present
-        dice = (2 * both + self.smooth) / (total + self.smooth).clamp_min(tiny)
+        logits, target, weights = labelled_logits(self, student, target, self.class_weights, self.resolution)
+        ones, tiny = torch.ones_like(weights), torch.finfo(weights.dtype).tiny
+        both, predicted, present = over_bands(_sums, logits, target, ones, IGNORE)
+        total = (predicted + present + self.smooth).clamp_min(tiny)
+        dice = (2 * both + self.smooth) / total
         shares = weights * (present > 0)
-        return (shares * (1 - dice)).sum() / shares.sum().clamp_min(tiny)
+        shares /= shares.sum().clamp_min(tiny)
+        gradient = gradient_for(logits)
+        if gradient is not None:
+            rule = partial(_gradient, everywhere=shares * dice / total, at_label=-2 * shares / total)
+            over_bands(rule, logits, target, ones, IGNORE, gradient)
+        return with_gradient((shares * (1 - dice)).sum(), logits, gradient)
+
+
+def _sums(scores: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    """Σ_x p_c y_c, Σ_x p_c and Σ_x y_c of a band, [3, K]."""
+    log_p, mass = softmax_(scores, labels)
+    scores *= valid / mass
+    both, present = (
+        torch.zeros_like(scores[0, :, 0, 0]).index_add(0, labels.flatten(), pixels.flatten())
+        for pixels in (log_p.exp() * valid, valid)
+    )
+    return torch.stack([both, scores.sum((0, 2, 3)), present])
+
+
+def _gradient(scores: Tensor, labels: Tensor, valid: Tensor, everywhere: Tensor, at_label: Tensor) -> Tensor:
+    """Of the loss by p_c(x), ``everywhere[c] + at_label[c] · y_c(x)``; overwrites the scores with that by the logits."""
+    log_p, mass = softmax_(scores, labels)
+    scores *= valid / mass
+    own = log_p.exp() * valid * at_label[labels]
+    slopes = scores * everywhere[:, None, None]
+    # by the softmax's derivative each class gets p · (slope − Σ p · slope)
+    scores *= -(slopes.sum(1, keepdim=True) + own)
+    scores += slopes
+    subtract_at_labels(scores, labels, -own)
+    return scores.new_zeros(())

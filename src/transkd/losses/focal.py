@@ -6,9 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from transkd.layers.upsampled_cross_entropy import upsampled_cross_entropy
 from transkd.losses.shared.checks import check_share
-from transkd.losses.shared.labelled import checked_weights, label_log_probabilities, logits_at_labels
-from transkd.outputs import SegmentationOutput
+from transkd.losses.shared.labelled import checked_weights, labelled_logits
+from transkd.outputs import IGNORE, SegmentationOutput
 
 __all__ = ["TaskFocal"]
 
@@ -17,7 +18,7 @@ class TaskFocal(nn.Module):
     """Focal loss between the student's logits and the labels; the teacher is not used.
 
     ``Σ_x w[y_x] · (1 − p_x)^γ · −log p_x / Σ_x w[y_x]``, p_x the softmax probability of the label at the valid pixel x;
-    0 if there are none. With γ = 0 it is the cross-entropy (`TaskCrossEntropy`). Logits are stored at the labels' size.
+    0 if there are none. With γ = 0 it is the cross-entropy (`TaskCrossEntropy`).
 
     Source: Lin et al., arXiv 1708.02002, section 3, for several classes by the softmax.
 
@@ -60,10 +61,10 @@ class TaskFocal(nn.Module):
         target: Tensor | None = None,
     ) -> Tensor:
         """Compare the student's logits with the labels."""
-        logits, labels, valid, weights = logits_at_labels(self, student, target, self.class_weights, self.resolution)
-        log_p = label_log_probabilities(logits, labels).masked_fill(~valid, 0)
-        tiny = torch.finfo(log_p.dtype).tiny
-        shares = weights[labels] * valid
-        # clamp: 0^γ has no gradient for γ < 1
-        losses = -log_p * (-torch.expm1(log_p)).clamp_min(tiny) ** self.gamma
-        return (shares * losses).sum() / shares.sum().clamp_min(tiny)
+        logits, target, weights = labelled_logits(self, student, target, self.class_weights, self.resolution)
+        return upsampled_cross_entropy(logits, target, weights, IGNORE, self._losses_and_slopes)
+
+    def _losses_and_slopes(self, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        wrong = (-log_p.expm1()).clamp_min(torch.finfo(log_p.dtype).tiny)  # 1 − p; 0^γ has no derivative for γ < 1
+        factor = wrong**self.gamma
+        return -log_p * factor, factor * (1 - self.gamma * log_p * log_p.exp() / wrong)

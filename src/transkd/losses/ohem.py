@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from transkd.errors import UserError
-from transkd.losses.shared.labelled import checked_weights, label_log_probabilities, logits_at_labels
-from transkd.outputs import SegmentationOutput
+from transkd.layers.bands import over_bands
+from transkd.layers.upsampled_cross_entropy import softmax_, upsampled_cross_entropy
+from transkd.losses.shared.labelled import checked_weights, labelled_logits
+from transkd.outputs import IGNORE, SegmentationOutput
 
 __all__ = ["TaskOHEM"]
 
@@ -20,7 +22,7 @@ class TaskOHEM(nn.Module):
     ``Σ_x w[y_x] · −log p_x / Σ_x w[y_x]`` over the valid pixels x of the batch whose label has a probability p_x below
     ``threshold``, and at least over the ``min_share`` of them with the lowest; 0 if no pixel is valid. With
     ``min_share`` 1 it is the cross-entropy (`TaskCrossEntropy`). The pixels are chosen within a batch, so several
-    processes differ from one with the joined batch. Logits are stored at the labels' size.
+    processes differ from one with the joined batch.
 
     Source: Shrivastava et al., arXiv 1604.03540; threshold and share for segmentation as in BiSeNet, arXiv 1808.00897.
 
@@ -69,12 +71,16 @@ class TaskOHEM(nn.Module):
         target: Tensor | None = None,
     ) -> Tensor:
         """Compare the student's logits with the labels of the hardest pixels."""
-        logits, labels, valid, weights = logits_at_labels(self, student, target, self.class_weights, self.resolution)
-        losses = -label_log_probabilities(logits, labels)
-        with torch.no_grad():  # the choice itself stays on the device: no size depends on values
-            known = losses.masked_fill(~valid, -1).flatten()  # below every valid loss
-            hardest = known.topk(max(1, math.ceil(self.min_share * known.numel()))).values
-            last = (self.min_share * valid.sum()).ceil().long().clamp_min(1) - 1
-            limit = hardest.gather(0, last[None]).clamp_max(-math.log(self.threshold))
-            shares = weights[labels] * (valid & (losses >= limit))
-        return (shares * losses).sum() / shares.sum().clamp_min(torch.finfo(losses.dtype).tiny)
+        logits, target, weights = labelled_logits(self, student, target, self.class_weights, self.resolution)
+        losses = logits.new_empty(target.shape)  # −1 where labels are ignored: below every other
+        over_bands(_keep_losses, logits, target, torch.ones_like(weights), IGNORE, maps=[losses])
+        # no size depends on values, so that the choice stays on the device
+        hardest = losses.flatten().topk(max(1, math.ceil(self.min_share * losses.numel()))).values
+        last = (self.min_share * (losses >= 0).sum()).ceil().long().clamp_min(1) - 1
+        limit = hardest.gather(0, last[None]).clamp_max(-math.log(self.threshold))
+        return upsampled_cross_entropy(logits, target.masked_fill(losses < limit, IGNORE), weights, IGNORE)
+
+
+def _keep_losses(scores: Tensor, labels: Tensor, valid: Tensor, losses: Tensor) -> Tensor:
+    losses.copy_((-softmax_(scores, labels)[0]).masked_fill_(valid == 0, -1))
+    return scores.new_zeros(())
