@@ -1,17 +1,16 @@
 """Against the plain way: interpolate all of the logits, then PyTorch's cross-entropy."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from largest import Largest
 from memory import peak_memory
+from torch.utils.checkpoint import checkpoint
 
+from transkd.layers import bands
 from transkd.layers.upsampled_cross_entropy import upsampled_cross_entropy
 
 CLASSES = 5
-module = sys.modules[upsampled_cross_entropy.__module__]  # the package's attribute of that name is the function
 SIZES = [
     ((6, 8), (24, 32)),  # a whole scale, as from a network of stride 4
     ((12, 15), (47, 59)),  # an odd image
@@ -31,13 +30,14 @@ def plain(logits, target, weights):
     return F.cross_entropy(upsampled, target.masked_fill(target < 0, 255), weights, ignore_index=255)
 
 
-@pytest.fixture(params=["bands of a CPU", "of a GPU", "of a GPU, many"])
+@pytest.fixture(params=["bands of a CPU", "of a CPU, many", "of a GPU", "of a GPU, many"])
 def way(request, monkeypatch):
     """Of computing it, each of them here."""
-    if request.param != "bands of a CPU":
-        monkeypatch.setattr(module, "products_pay", lambda maps: True)
-    if request.param == "of a GPU, many":
-        monkeypatch.setattr(module, "AT_ONCE_ON_GPU", 3000)
+    if "GPU" in request.param:
+        monkeypatch.setattr(bands, "products_pay", lambda maps: True)
+    if "many" in request.param:
+        monkeypatch.setattr(bands, "AT_ONCE", 1000)
+        monkeypatch.setattr(bands, "AT_ONCE_ON_GPU", 3000)
     return request.param
 
 
@@ -121,8 +121,8 @@ def test_value_alone(way, context):
 
 
 @pytest.mark.slow
-def test_compiles_as_one_graph_for_varying_sizes(way, monkeypatch):
-    monkeypatch.setattr(module, "BANDS", 2)  # more of the same only takes longer
+def test_compiles_as_one_graph_for_varying_sizes(monkeypatch):
+    monkeypatch.setattr(bands, "AT_ONCE_ON_GPU", 10_000)  # up to three bands
     torch._dynamo.reset()
     compute = torch.compile(upsampled_cross_entropy, backend="aot_eager", fullgraph=True)
     weights = torch.ones(CLASSES, dtype=torch.float64)
@@ -132,7 +132,8 @@ def test_compiles_as_one_graph_for_varying_sizes(way, monkeypatch):
         torch.testing.assert_close(got, value_and_gradient(plain, logits, target, weights))
 
 
-def test_memory():
+def test_memory(monkeypatch):
+    monkeypatch.setattr(bands, "AT_ONCE", 2**17)  # a large image would take longer
     logits, target = drawn(2, (64, 128), (256, 512), torch.float32)
 
     def step(compute, *arguments):
@@ -162,9 +163,20 @@ def test_autocast_changes_nothing(way):
 
 
 def test_bands_of_a_gpu_are_few_and_bounded(monkeypatch):
-    monkeypatch.setattr(module, "products_pay", lambda maps: True)
-    for batch, size, bands in ((8, (512, 1024), 1), (8, (1024, 2048), 4), (2, (512, 1024), 1)):
+    monkeypatch.setattr(bands, "products_pay", lambda maps: True)
+    for batch, size, count in ((8, (512, 1024), 1), (8, (1024, 2048), 4), (2, (512, 1024), 1)):
         logits = torch.empty(batch, 19, size[0] // 4, size[1] // 4, device="meta")
-        assert len(list(module._bands(logits, torch.Size(size)))) == bands
+        assert len(list(bands._bands(logits, torch.Size(size)))) == count
     logits = torch.empty(1, 19, 2, 2**26, device="meta")  # a row is too much already
-    assert len(list(module._bands(logits, torch.Size((8, 2**26))))) == 8
+    assert len(list(bands._bands(logits, torch.Size((8, 2**26))))) == 8
+
+
+def test_within_checkpointing():
+    logits, target = drawn(1, (6, 8), (24, 32))
+    weights = torch.ones(CLASSES, dtype=torch.float64)
+    expected = value_and_gradient(plain, logits, target, weights)
+
+    def recomputed(*arguments):
+        return checkpoint(upsampled_cross_entropy, *arguments, use_reentrant=False)
+
+    torch.testing.assert_close(value_and_gradient(recomputed, logits, target, weights, 255), expected)

@@ -135,6 +135,24 @@ def test_easy_pixels_get_no_gradient():
 
 
 @pytest.mark.parametrize("term", TERMS)
+def test_a_class_that_is_ruled_out(term):
+    """Logits of the labels' own size may be −∞ where the class is not the label, ignored pixels' labels among them."""
+    logits = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    target = torch.randint(1, 3, (2, 4, 4))
+    target[:, 0] = 255
+    expected = term()(
+        SegmentationOutput(logits[:, 1:], (), (), logits), None, (target - 1).masked_fill(target > 2, 255)
+    )
+    ruled_out = logits.clone()
+    ruled_out[:, 0] = -torch.inf
+    ruled_out.requires_grad_()
+    value = term()(SegmentationOutput(ruled_out, (), (), logits), None, target)
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    assert ruled_out.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("term", TERMS)
 @pytest.mark.parametrize("label", IGNORED)
 @pytest.mark.parametrize("resolution", ["labels", "logits"])
 def test_nothing_to_learn_from_is_a_differentiable_0(pair, term, label, resolution):

@@ -13,8 +13,8 @@ from transkd.layers.upsampling import products_pay, resize_matrix
 
 __all__ = ["gradient_for", "over_bands", "with_gradient"]
 
-# Numbers of a band. A CPU takes one image at a time, in bands of 4 MB in float32, which stay in its cache; a GPU prefers
-# few, large kernels, so its bands are those of all images, as large as 400 MB in float32 allow.
+# Numbers in a band. A CPU takes one image at a time, in bands of 4 MB in float32, which stay in its cache; a GPU
+# prefers few, large kernels, so its bands are of all images, as large as 400 MB in float32 allow.
 AT_ONCE = 2**20
 AT_ONCE_ON_GPU = 3 * 2**25
 LOG2_E = 1 / math.log(2)
@@ -54,7 +54,7 @@ def over_bands(
             labels, *others = (pixels[band.images, None, band.rows] for pixels in (target, *maps))
             ignored = (labels == ignore) | (labels < 0)
             labels = labels.masked_fill(ignored, 0)
-            shares = weights[labels].masked_fill_(ignored, 0)
+            shares = weights.index_select(0, labels.flatten()).view(labels.shape).masked_fill_(ignored, 0)
             scores = band.upsample(logits, gradient is not None)
             parts.append(rule(scores, labels, shares, *others))
             if gradient is not None:
@@ -99,13 +99,15 @@ class _WithGradient(torch.autograd.Function):
 
 
 class _Band:
-    """Label rows of one image on a CPU: columns are interpolated by PyTorch, then rows by a small matrix product."""
+    """Rows of one image on a CPU: columns are interpolated by PyTorch, then rows by a small matrix product."""
 
     def __init__(self, logits: Tensor, size: torch.Size, images: slice, rows: slice) -> None:
         self.images, self.rows, self.size = images, rows, size
         height, scale = logits.shape[2], logits.shape[2] / size[0]
         # y + ½ on the labels' grid is (y + ½) · h / H on the logits'; each row lies between two of theirs
-        first, last = (min(max(0, math.floor((y + 0.5) * scale - 0.5)), height - 1) for y in (rows.start, rows.stop - 1))
+        first, last = (
+            min(max(0, math.floor((y + 0.5) * scale - 0.5)), height - 1) for y in (rows.start, rows.stop - 1)
+        )
         self.near = slice(first, last + 2)
         self.matrix = resize_matrix(height, size[0], logits)[rows, self.near]
 
@@ -125,7 +127,7 @@ class _Band:
 
 
 class _BandOnGPU:
-    """Label rows of all images, on a GPU or in compiled code: one bilinear kernel for all columns, products as gradient."""
+    """Rows of all images on a GPU or in compiled code: one bilinear kernel for all columns, products as gradient."""
 
     def __init__(self, logits: Tensor, size: torch.Size, images: slice, rows: slice) -> None:
         self.images, self.rows, self.size = images, rows, size

@@ -1,4 +1,4 @@
-"""Losses of the label's probability, of upsampled logits: neither logits nor gradient are stored at the labels' size."""
+"""Cross-entropy and other losses of log p of the label, from logits upsampled in bands."""
 
 import math
 from collections.abc import Callable
@@ -73,5 +73,3 @@ def subtract_at_labels(scores: Tensor, labels: Tensor, values: Tensor) -> None:
         scores -= torch.where(classes == labels, values, 0)
     else:
         scores.scatter_add_(1, labels, -values)
-
-

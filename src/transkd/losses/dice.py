@@ -91,13 +91,11 @@ def _sums(scores: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
 
 
 def _gradient(scores: Tensor, labels: Tensor, valid: Tensor, everywhere: Tensor, at_label: Tensor) -> Tensor:
-    """Of the loss by p_c(x), ``everywhere[c] + at_label[c] · y_c(x)``; overwrites the scores with that by the logits."""
+    """Overwrite the scores with the gradient by the logits, of ``everywhere[c] + at_label[c] · y_c(x)`` by p_c(x)."""
     log_p, mass = softmax_(scores, labels)
-    scores *= valid / mass
-    own = log_p.exp() * valid * at_label[labels]
-    slopes = scores * everywhere[:, None, None]
-    # by the softmax's derivative each class gets p · (slope − Σ p · slope)
-    scores *= -(slopes.sum(1, keepdim=True) + own)
-    scores += slopes
+    everywhere, factor = everywhere[:, None, None], valid / mass
+    own = log_p.exp() * valid * at_label.index_select(0, labels.flatten()).view(labels.shape)
+    mean = (scores * everywhere).sum(1, keepdim=True) / mass + own
+    scores *= torch.addcmul(-mean * factor, everywhere, factor)  # p · (slope − Σ p · slope), the softmax's derivative
     subtract_at_labels(scores, labels, -own)
     return scores.new_zeros(())
