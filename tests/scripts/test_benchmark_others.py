@@ -46,19 +46,19 @@ def test_peak_memory_is_that_of_the_largest_moment():
 def test_score(tmp_path, capsys):
     found = run(tmp_path, "score", "--size", 46, 78, "--classes", 5, "--batch", 2, "--dtype", "bf16")
     assert set(found) == KEYS | {"differences"}
-    names = ["cross-entropy, ours", "cross-entropy, plain", "scoring, ours", "scoring, plain"]
+    whats = ("cross-entropy", "focal", "dice", "ohem", "scoring")
+    names = [f"{what}, {way}" for what in whats for way in ("ours", "plain")]
     assert [row["name"] for row in found["rows"]] == names
-    assert [found["rows"][i]["ratio"] for i in (0, 2)] == [1, 1]
+    assert [found["rows"][i]["ratio"] for i in (0, 8)] == [1, 1]
     assert "0 pixels apart" in capsys.readouterr().out
 
 
 def test_score_compares_the_same_in_float64():
     logits = torch.randn(2, 5, 12, 20, dtype=torch.float64)
     target = torch.randint(0, 5, (2, 46, 78)).masked_fill(torch.rand(2, 46, 78) < 0.1, 255)
-    for ours, plain in zip(
-        score.OurCrossEntropy()(logits, target), score.plain_cross_entropy(logits, target), strict=True
-    ):
-        torch.testing.assert_close(ours.float(), plain.float())
+    for term, formula in score.LOSSES.values():
+        ours, plain = score.ours(term())(logits, target), score.plain(formula)(logits, target)
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6, check_dtype=False)
     torch.testing.assert_close(score.our_confusion(logits, target), score.plain_confusion(logits, target))
     assert score.our_confusion(logits, target).sum() == (target != 255).sum()
 
@@ -67,8 +67,8 @@ def test_what_scores_otherwise_is_refused(tmp_path, monkeypatch):
     right = score.plain_confusion
     monkeypatch.setattr(score, "plain_confusion", lambda logits, target: right(logits, target).T + 1)
     assert "confusion matrices differ" in one_line_error(run, tmp_path, "score", "--size", 32, 32)
-    monkeypatch.setattr(score, "plain_cross_entropy", lambda logits, target: (logits.mean(), logits))
-    assert "the cross-entropies differ" in one_line_error(run, tmp_path, "score", "--size", 32, 32)
+    monkeypatch.setitem(score.LOSSES, "focal", (score.TaskFocal, score.plain_cross_entropy))
+    assert "focal: ours and plain differ" in one_line_error(run, tmp_path, "score", "--size", 32, 32)
 
 
 LOADER = ("loader", "--teacher", "segformer_b0", "--distill", "kd", "--data", "synthetic", "--frame", 96, 192)

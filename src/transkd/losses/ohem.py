@@ -22,7 +22,8 @@ class TaskOHEM(nn.Module):
     ``Σ_x w[y_x] · −log p_x / Σ_x w[y_x]`` over the valid pixels x of the batch whose label has a probability p_x below
     ``threshold``, and at least over the ``min_share`` of them with the lowest; 0 if no pixel is valid. With
     ``min_share`` 1 it is the cross-entropy (`TaskCrossEntropy`). The pixels are chosen within a batch, so several
-    processes differ from one with the joined batch.
+    processes differ from one with the joined batch. Logits are upsampled in bands, twice: for the choice, then for the
+    cross-entropy of what is chosen. The value can be differentiated only once.
 
     Source: Shrivastava et al., arXiv 1604.03540; threshold and share for segmentation as in BiSeNet, arXiv 1808.00897.
 

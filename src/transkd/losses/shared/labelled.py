@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from transkd.errors import UserError
-from transkd.layers.upsampling import upsampled
 from transkd.losses.shared.checks import check_choice, name_of
 from transkd.losses.shared.distances import widen
-from transkd.losses.shared.grids import labels_on_grid, nearest
+from transkd.losses.shared.grids import nearest
 from transkd.outputs import SegmentationOutput
 
-__all__ = ["RESOLUTIONS", "checked_weights", "label_log_probabilities", "labelled_logits", "logits_at_labels"]
+__all__ = ["RESOLUTIONS", "checked_weights", "labelled_logits"]
 
 RESOLUTIONS = ("labels", "logits")
 
@@ -75,22 +74,3 @@ def labelled_logits(
         target = nearest(target, logits.shape[-2:])
     weights = logits.new_ones(logits.shape[1]) if class_weights is None else class_weights.to(logits)
     return logits, target, weights
-
-
-def logits_at_labels(
-    term: Any, student: SegmentationOutput, target: Tensor | None, class_weights: Tensor | None, resolution: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``labelled_logits`` with the logits at the labels' size, and a mask of valid labels.
-
-    Returns:
-        logits [B, K, H, W]; labels [B, H, W], 0 where they are ignored; valid, bool [B, H, W]; class weights [K].
-    """
-    logits, target, weights = labelled_logits(term, student, target, class_weights, resolution)
-    if logits.shape[-2:] != target.shape[-2:]:
-        logits = upsampled(logits, target.shape[-2:])
-    return logits, *labels_on_grid(target, target.shape[-2:]), weights
-
-
-def label_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log probability of each pixel's label, [B, H, W], from logits [B, K, H, W] and labels [B, H, W]."""
-    return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
