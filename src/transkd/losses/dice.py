@@ -22,8 +22,8 @@ class TaskDice(nn.Module):
     ``Σ_c w[c] · (1 − (2 Σ_x p_c(x) y_c(x) + s) / (Σ_x p_c(x) + Σ_x y_c(x) + s)) / Σ_c w[c]`` over the classes c that
     occur in the batch's labels, with sums over all valid pixels x of the batch; 0 if no class occurs. A small class
     counts as much as a large one. Since the sums go over the batch, several processes differ from one with the joined
-    batch. Logits are upsampled in bands, twice: for the sums, then for the gradient. The value can be differentiated only
-    once.
+    batch. Logits are upsampled in bands, twice: for the sums, then for the gradient. The value can be differentiated
+    only once.
 
     Source: Milletari et al., arXiv 1606.04797, section 3, without their squares and for several classes.
 

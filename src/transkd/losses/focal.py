@@ -18,8 +18,8 @@ class TaskFocal(nn.Module):
     """Focal loss between the student's logits and the labels; the teacher is not used.
 
     ``Σ_x w[y_x] · (1 − p_x)^γ · −log p_x / Σ_x w[y_x]``, p_x the softmax probability of the label at the valid pixel x;
-    0 if there are none. With γ = 0 it is the cross-entropy (`TaskCrossEntropy`), and is computed in bands as that is; it
-    can be differentiated only once.
+    0 if there are none. With γ = 0 it is the cross-entropy (`TaskCrossEntropy`). It is computed in bands as that is,
+    and can be differentiated only once.
 
     Source: Lin et al., arXiv 1708.02002, section 3, for several classes by the softmax.
 
