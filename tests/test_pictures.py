@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from transkd.data.classes import CITYSCAPES
-from transkd.pictures import colourise, draw_curves, overlay, palette_of, read_metrics, save_image, save_sheet
+from transkd.data.writing import save_png
+from transkd.pictures import colourise, draw_curves, overlay, palette_of, read_metrics, save_sheet
 
 METRICS = """epoch,lr-AdamW,step,train/loss_epoch,train/loss_step,train/task,val/full-res/mIoU
 ,0.001,9,,1.5,,
@@ -99,7 +100,7 @@ def test_a_sheets_rows_must_be_full(tmp_path):
 def test_images_round_trip(tmp_path, shape):
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     path = tmp_path / "a" / "b.png"
-    save_image(pixels, path)
+    save_png(pixels, path)
     assert np.array_equal(np.asarray(Image.open(path)), pixels)
 
 

@@ -175,11 +175,13 @@ def test_gradients_are_those_of_a_backward_pass():
     student = create_segmenter("segformer_b0", 2, width=16, encoder=encoder)
     criterion = Criterion({"task": {"term": TaskCrossEntropy(), "weight": 2.0}})
     values, statistics = term_gradients(student, None, criterion, Data())
-    taps = taps_and_readers(student, None, criterion, Data())
-    assert [tap.name for tap in taps if tap.readers] == ["logits"]
     assert student.training
     image, target, _ = Data().dataset("train")[0]
-    logits = student.eval()(image[None]).logits
+    output = student.eval()(image[None])
+    taps = taps_and_readers(criterion, output, None, target[None].long())
+    assert [tap.name for tap in taps if tap.readers] == ["logits"]
+    assert criterion.training
+    logits = output.logits
     full = torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear")
     loss = torch.nn.functional.cross_entropy(full, target[None].long())
     loss.backward()

@@ -5,7 +5,6 @@ import json
 import logging
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from transkd.data import SegmentationDataModule
@@ -26,6 +25,11 @@ INDIFFERENT = {
     "protocol",
     "seed",
     "conditions",
+    "cache",
+    "augment",
+    "labelled",
+    "unlabelled",
+    "unlabelled_share",
 }
 
 
@@ -34,7 +38,7 @@ def fill_class_weights(cfg: DictConfig, data: SegmentationDataModule, folder: Pa
 
     Args:
         cfg: the whole configuration.
-        data: its training labels are counted.
+        data: its training labels are counted; prepared.
         folder: keeps the counts for later runs on the same labels.
         progress: whether to show a bar.
 
@@ -48,8 +52,6 @@ def fill_class_weights(cfg: DictConfig, data: SegmentationDataModule, folder: Pa
     }
     if not ruled:
         return
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        data.prepare_data()
     counts = _kept_counts(cfg, data, folder, progress)
     absent = [name for name, count in zip(data.classes.names, counts.pixels, strict=True) if not count]
     if absent:

@@ -1,6 +1,5 @@
 """Time and memory of a run, from some real training steps and validation batches."""
 
-import time
 from typing import Any
 
 import lightning as L
@@ -15,7 +14,7 @@ from transkd.training.build import Parts
 from transkd.training.device import Device
 from transkd.training.distiller import Distiller
 from transkd.training.fitting import fit
-from transkd.training.probing import StepTimer, loader_seconds
+from transkd.training.probing import StepTimer, ValidationTimer, loader_seconds
 from transkd.training.scoring import score
 
 __all__ = ["estimate_hours", "measure_costs"]
@@ -68,18 +67,20 @@ def measure_costs(
     steps = timer.seconds[1:] or timer.seconds
     facts["memory"] = {"bytes": timer.peak, "measured": timer.memory.measured, "batch_size": data.batch_size}
     step = sum(steps) / len(steps)
-    begin = time.perf_counter()
     side = build.build_side_trainer(cfg, limit_val_batches=2, **ONE_DEVICE)
+    validation = ValidationTimer(device)
+    side.callbacks.append(validation)  # type: ignore[attr-defined]
     score(student, data, settings.protocol, side, device)
-    validation = (time.perf_counter() - begin) / min(2, _batches(data))
     facts["speed"] = {
         "loader_images_per_second": data.batch_size / seconds,
         "step_images_per_second": data.batch_size / step,
         "step_seconds": step,
         "steps_timed": len(steps),
+        "validation_seconds": validation.seconds,
+        "cache": settings.data.cache,
         "compiled": device.compile_mode is not None,
     }
-    hours = estimate_hours(whole, data, step, seconds, validation)
+    hours = estimate_hours(whole, data, step, seconds, validation.seconds)
     if hours is not None:
         facts["hours"] = hours
 
