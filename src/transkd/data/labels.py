@@ -30,7 +30,8 @@ class LabelFormat:
 
     Attributes:
         ids: class of each stored value: a class id, a class name, or null = ignored. The key "other" stands for all
-            values that are not listed. Without a map the stored values are class ids.
+            values that are not listed; 255 stays ignored unless it is listed itself. Without a map the stored
+            values are class ids.
         reduce_zero_label: the stored value 0 is ignored, k is class k-1.
         colors: true reads the colours of an RGB or palette label, which must be those of the classes; false reads the
             values of a palette label whatever its colours; null reads them unless a colour is that of another class.
