@@ -23,7 +23,7 @@ from transkd.training import build, teaching
 from transkd.training.build import Parts
 from transkd.training.checking_report import draw_sheet, report_check
 from transkd.training.class_weights import fill_class_weights
-from transkd.training.costs import ONE_DEVICE, measure_costs
+from transkd.training.costs import ONE_DEVICE, measure_costs, without_workers
 from transkd.training.device import Device
 from transkd.training.probing import explain_failure, taps_and_readers, term_gradients
 from transkd.training.process import prepare_process
@@ -252,7 +252,8 @@ def check_score(
     """Score the teacher on the first validation images."""
     batches = -(-settings.images // data.eval_batch_size)
     side = build.build_side_trainer(cfg, limit_val_batches=batches, **ONE_DEVICE)
-    scores = score(teacher, data, settings.protocol, side, device)
+    with without_workers(data):
+        scores = score(teacher, data, settings.protocol, side, device)
     images = min(batches * data.eval_batch_size, len(data.dataset("val")))
     findings.facts["teacher_score"] = {
         "mIoU": scores.miou.item(),

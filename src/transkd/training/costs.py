@@ -1,5 +1,7 @@
 """Time and memory of a run, from some real training steps and validation batches."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -17,10 +19,20 @@ from transkd.training.fitting import fit
 from transkd.training.probing import StepTimer, ValidationTimer, loader_seconds
 from transkd.training.scoring import score
 
-__all__ = ["estimate_hours", "measure_costs"]
+__all__ = ["estimate_hours", "measure_costs", "without_workers"]
 
 ONE_DEVICE: dict[str, Any] = {"devices": 1, "strategy": "auto"}
 """Arguments of Lightning's Trainer for measurements in this process."""
+
+
+@contextmanager
+def without_workers(data: SegmentationDataModule) -> Iterator[None]:
+    """Read data in this process, where loading is not timed: workers take long to start and read ahead."""
+    workers, data.num_workers = data.num_workers, 0
+    try:
+        yield
+    finally:
+        data.num_workers = workers
 
 
 def measure_costs(
@@ -63,7 +75,8 @@ def measure_costs(
     )  # fmt: skip
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0, **ONE_DEVICE}
     quiet = build.build_trainer(cfg, callbacks=[timer], enable_progress_bar=False, **options)
-    fit(quiet, distiller, data)
+    with without_workers(data):
+        fit(quiet, distiller, data)
     steps = timer.seconds[1:] or timer.seconds
     facts["memory"] = {"bytes": timer.peak, "measured": timer.memory.measured, "batch_size": data.batch_size}
     step = sum(steps) / len(steps)

@@ -22,7 +22,7 @@ from transkd.training.rehearsal import values_on_one_batch
 
 __all__ = ["PeakMemory", "StepTimer", "Tap", "ValidationTimer", "loader_seconds", "taps_and_readers", "term_gradients"]
 
-LONGEST = 8.0  # seconds after which no more steps, or batches of the loader, are timed
+LONGEST = 6.0  # seconds after which no more steps, or batches of the loader, are timed
 
 
 @dataclass
@@ -107,7 +107,7 @@ def term_gradients(
 def loader_seconds(data: SegmentationDataModule) -> float:
     """Seconds per batch of the training loader, its start left out where an epoch has more than one batch."""
     loader: Any = data.train_dataloader()
-    wanted = 4 * max(1, loader.num_workers) + 1
+    wanted = 2 * max(1, loader.num_workers) + 1
     begin = first = time.perf_counter()
     batches = 0
     for batches, _ in enumerate(loader, start=1):
