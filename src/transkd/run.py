@@ -169,18 +169,16 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
         UserError: the data, a network, a term or a schedule is wrong.
     """
     data = build.build_data(cfg)
+    kept = Path(settings.run_dir).parent / "class_counts"
+    fill_class_weights(cfg, data, kept, settings.trainer.enable_progress_bar)
     # the student first, so that its random weights do not depend on the teacher
     student = build.build_student(cfg, settings.student, settings.license_policy)
     teacher = build.build_teacher(cfg, settings.teacher, data.classes.names)
-    first = getattr(rank_zero_only, "rank", 0) == 0
-    if first:
-        data.prepare_data()
-    kept = Path(settings.run_dir).parent / "class_counts"
-    fill_class_weights(cfg, data, kept, settings.trainer.enable_progress_bar)
     criterion = build.build_criterion(cfg, student.channels, teacher.channels if teacher is not None else ())
     device.lay_out(student, teacher, criterion)
-    if first:
+    if getattr(rank_zero_only, "rank", 0) == 0:
         save_resolved(cfg, Path(settings.run_dir) / "config.yaml")
+        data.prepare_data()
     data.dataset("train"), data.dataset("val")  # raises for missing or wrong data
     check_labels(criterion, data)
     log_sizes(student, criterion, settings.student.lora)

@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from transkd.data import SegmentationDataModule
@@ -38,7 +39,7 @@ def fill_class_weights(cfg: DictConfig, data: SegmentationDataModule, folder: Pa
 
     Args:
         cfg: the whole configuration.
-        data: its training labels are counted; prepared.
+        data: its training labels are counted; they are generated if need be.
         folder: keeps the counts for later runs on the same labels.
         progress: whether to show a bar.
 
@@ -52,6 +53,8 @@ def fill_class_weights(cfg: DictConfig, data: SegmentationDataModule, folder: Pa
     }
     if not ruled:
         return
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        data.generate()
     counts = _kept_counts(cfg, data, folder, progress)
     absent = [name for name, count in zip(data.classes.names, counts.pixels, strict=True) if not count]
     if absent:
