@@ -8,7 +8,8 @@ import lightning as L
 from omegaconf import DictConfig
 
 from transkd.data import SegmentationDataModule
-from transkd.models import FrozenTeacher
+from transkd.losses import Criterion
+from transkd.models import FrozenTeacher, Network
 from transkd.report import count_parameters
 from transkd.settings import CheckSettings
 from transkd.training import build
@@ -57,13 +58,7 @@ def measure_costs(
         UserError: as the training does.
     """
     data, student, _, criterion = parts
-    count = count_parameters(student, criterion)
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    facts["parameters"] = {
-        "student": count["student"],
-        "with_training_modules": sum(count.values()),
-        "trained_of_the_student": trained,
-    }
+    facts["parameters"] = parameter_counts(student, criterion)
     whole = build.build_side_trainer(cfg)  # the run's own, for its numbers of devices and batches
     seconds = loader_seconds(data)
     timer = StepTimer(settings.steps, device)
@@ -96,6 +91,16 @@ def measure_costs(
     hours = estimate_hours(whole, data, step, seconds, validation.seconds)
     if hours is not None:
         facts["hours"] = hours
+
+
+def parameter_counts(student: Network, criterion: Criterion) -> dict[str, int]:
+    """Numbers of parameters: deployed, in training, and trained of the student."""
+    count = count_parameters(student, criterion)
+    return {
+        "student": count["student"],
+        "with_training_modules": sum(count.values()),
+        "trained_of_the_student": sum(p.numel() for p in student.parameters() if p.requires_grad),
+    }
 
 
 def estimate_hours(
