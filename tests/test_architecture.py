@@ -72,7 +72,10 @@ def walks(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("walks"))
         patch.setattr(Distiller, "training_step", watched_step)
-        patch.setattr(sys, "argv", ["transkd", *TINY, "distill=none", "term=[csf]", "trainer.max_epochs=1"])
+        patch.setattr("transkd.report.draw_curves", lambda *paths: None)  # a million calls, none of a walk
+        patch.setattr(
+            sys, "argv", ["transkd", *TINY, "distill=none", "term=[csf]", "trainer.max_epochs=1", "pictures=0"]
+        )
         with cfg:
             train.main()
         (student,) = Path("outputs").glob("*/*/student.safetensors")

@@ -2,8 +2,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transkd import files
 from transkd.data.classes import CITYSCAPES
-from transkd.pictures import colourise, draw_curves, overlay, palette_of, read_metrics, save_image, save_sheet
+from transkd.data.writing import save_png
+from transkd.errors import UserError
+from transkd.pictures import colourise, draw_curves, overlay, palette_of, read_metrics, save_sheet
 
 METRICS = """epoch,lr-AdamW,step,train/loss_epoch,train/loss_step,train/task,val/full-res/mIoU
 ,0.001,9,,1.5,,
@@ -99,8 +102,18 @@ def test_a_sheets_rows_must_be_full(tmp_path):
 def test_images_round_trip(tmp_path, shape):
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     path = tmp_path / "a" / "b.png"
-    save_image(pixels, path)
+    save_png(pixels, path)
     assert np.array_equal(np.asarray(Image.open(path)), pixels)
+    longest = tmp_path / f"{'é' * 125}.png"  # 254 bytes, of the 255 that file systems take
+    save_png(pixels, longest)
+    assert longest.is_file()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(UserError, match=r"cannot write .*a\.png: disk full"):
+        save_png(np.zeros((2, 2), np.uint8), tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_network_without_colours_gets_some():

@@ -47,7 +47,7 @@ def write_atomically(path: str | Path, content: bytes | memoryview, sync: bool =
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.")
         with os.fdopen(handle, "wb") as file:
             _lock(file)
             file.write(content)

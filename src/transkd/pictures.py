@@ -1,7 +1,6 @@
 """Coloured label maps, overlays, comparison sheets and training curves."""
 
 import csv
-import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from colorsys import hsv_to_rgb
@@ -13,10 +12,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from transkd.data.classes import CLASS_SETS
-from transkd.files import write_atomically
 
 __all__ = ["colourise", "draw_curves", "overlay", "palette_of", "save_sheet"]
 
+ENOUGH = 700  # pixels of width of a picture in a sheet; matplotlib is slow at shrinking large ones
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -58,7 +57,7 @@ def save_sheet(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], path: Pa
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for i, row in enumerate(rows):
         for axis, picture, heading in zip(axes[i], row, titles, strict=True):
-            axis.imshow(picture)
+            axis.imshow(Image.fromarray(picture).reduce(max(1, picture.shape[1] // ENOUGH)))
             axis.set_axis_off()
             if i == 0:
                 axis.set_title(heading, fontsize=10)
@@ -100,14 +99,3 @@ def draw_curves(metrics: Path, path: Path) -> None:
         if heading.startswith("training"):
             axis.set_yscale("log")
     figure.savefig(path, dpi=110)
-
-
-def save_image(pixels: Pixels, path: Path) -> None:
-    """Save an image or a map of class ids as PNG, whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, format="PNG")
-    write_atomically(path, content.getbuffer(), sync=False)

@@ -37,10 +37,13 @@ def test_no_class_looks_like_ignored_pixels(classes):
     [
         (["a", 2], [[0, 0, 0], [1, 1, 1]], r"data\.classes\.names=.*one text per class"),
         ("ab", [[0, 0, 0], [1, 1, 1]], r"data\.classes\.names=ab"),
-        (["a", "b"], [[0, 0], [1, 1, 1]], r"data\.classes\.palette=.*three whole numbers from 0 to 255"),
-        (["a", "b"], [[0, 0, 256], [1, 1, 1]], r"data\.classes\.palette="),
-        (["a", "b"], [[0, 0, 0]], "has 2 names, of which 2 are different, and 1 colours"),
-        (["a", "a"], [[0, 0, 0], [1, 1, 1]], "has 2 names, of which 1 are different, and 2 colours"),
+        (["a", "b"], [[0, 0], [1, 1, 1]], r"palette has \[0, 0\]: expected \[r,g,b\], whole numbers from 0 to 255"),
+        (["a", "b"], [[0, 0, 256], [1, 1, 1]], r"palette has \[0, 0, 256\]: expected"),
+        (["a", "b"], 7, r"palette has 7: expected"),
+        (["a", "b"], [[0, 0, 0]], r"data\.classes\.palette has 1 colours for 2 names; give one each"),
+        (["b", "a", "a"], [[0, 0, 0]] * 3, r"data\.classes\.names has a more than once; expected different names"),
+        (["crack"], [[0, 0, 0]], r"names=\[crack\]: expected at least two classes; the rest of the image is one too"),
+        ([], [], r"names=\[\]: expected at least two classes"),
     ],
 )
 def test_classes_of_ones_own_are_checked(names, palette, message):

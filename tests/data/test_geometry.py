@@ -201,7 +201,7 @@ def test_images_with_and_without_a_place_in_one_batch(dataset):
     assert batch.place[:, 0, 0].tolist() == [-1, 1]
 
 
-@pytest.mark.parametrize("fill", [{}, {"fill_mask": 255}, {"fill_mask": 0}])
+@pytest.mark.parametrize("fill", [{}, {"fill_mask": 255}, {"fill_mask": 0}, {"fill_mask": 3}])
 def test_padding_has_no_label_where_the_label_is_padded_too(dataset, fill):
     data, label = dataset(A.PadIfNeeded(10, 12, position="top_left", **fill), ignore_padding=True)
     target = data[0].target.numpy()

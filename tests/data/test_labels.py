@@ -58,6 +58,7 @@ def test_values_of_sixteen_bits():
     wide = np.array([[300, 1000]], dtype=np.uint16)
     assert ids(wide, ids={300: 0, 1000: 1}) == [[0, 1]]
     assert ids(np.array([[0, 2, 255]], dtype=np.uint16)) == [[0, 2, 255]]
+    refused(r"\[515\] are outside .*values above 255 often number objects \(class·256 \+ object", [[0, 515]])
     refused(r"class ids from 0 to 65535, got values 0…70000", np.array([[0, 70000]], dtype=np.int32))
 
 
@@ -102,6 +103,7 @@ def test_colours_are_the_classes():
     assert ids(coloured((1, 2, 3), (70, 70, 70)), colors=True, ignored_colors=[[1, 2, 3]]) == [[255, 1]]
     assert ids(coloured((0, 0, 0), (255, 255, 255)), classes=TWO, colors=True) == [[0, 1]]  # black is a class here
     assert ids(np.array([[70, 0]], dtype=np.uint8), colors=True) == [[1, 255]]  # a grey image
+    refused(r"grey values of 16 bits, up to 256, but data\.label\.colors=true", np.uint16([[70, 256]]), colors=True)
 
 
 def test_labels_in_colours_are_recognised():
@@ -180,6 +182,8 @@ def test_masks_of_black_and_white_are_recognised(tmp_path):
         checked(tmp_path, [[0, 0]], [[0, 255]])
     assert checked(tmp_path, [[0, 255]], ids={0: 0, 255: 1})[0].target.tolist() == [[0, 1]]
     assert checked(tmp_path, [[0, 255]], ids={0: 0, 1: 1, 255: None})[0].target.tolist() == [[0, 255]]
+    with pytest.raises(UserError, match="only the values 0 and 255, and 255 is ignored"):
+        checked(tmp_path, [[0, 255]], ids={0: 0, "other": 1})
     checked(tmp_path, [[0, 255]], [[0, 1]])
     checked(tmp_path, [[0, 255]], classes=THREE)
 
@@ -187,6 +191,8 @@ def test_masks_of_black_and_white_are_recognised(tmp_path):
 def test_a_label_of_one_bit(read):
     image = np.zeros((1, 2, 3), np.uint8)
     assert read(image, Image.fromarray(np.array([[False, True]])), classes=TWO)[1].tolist() == [[0, 1]]
+    one_bit = Image.fromarray(np.array([[False, True]]))
+    assert read(image, one_bit, classes=TWO, colors=True)[1].tolist() == [[0, 1]]  # black and white are the colours
 
 
 # Orientation: the class map lies on the image

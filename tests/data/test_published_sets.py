@@ -15,6 +15,7 @@ from transkd.cli import CONF
 from transkd.data import (
     ADE20K,
     CITYSCAPES,
+    SegmentationDataset,
     find_acdc,
     find_ade20k,
     find_bdd100k,
@@ -24,6 +25,7 @@ from transkd.data import (
     find_nyuv2,
     find_voc,
     mapillary_classes,
+    mapillary_label,
 )
 from transkd.errors import UserError
 
@@ -146,9 +148,13 @@ def test_mapillary(mapillary):
     assert data.classes.palette == ((165, 42, 42), (128, 64, 128))
     assert (len(data.dataset("train")), len(data.dataset("val"))) == (2, 1)
     assert data.dataset("val").read(0)[1][0, :4].tolist() == [0, 255, 1, 255]
-    older = composed("mapillary", mapillary, "data.num_classes=1")
-    assert older.classes.names == ("Road",)
-    assert older.dataset("val").read(0)[1][0, :3].tolist() == [255, 0, 255]
+    assert mapillary_classes(mapillary, "v1.2").names == ("Road",)
+    older = SegmentationDataset(
+        find_mapillary(mapillary, "val", "v1.2"),
+        mapillary_classes(mapillary, "v1.2"),
+        label=mapillary_label(mapillary, "v1.2"),
+    )
+    assert older.read(0)[1][0, :3].tolist() == [255, 0, 255]
 
 
 def test_mapillary_of_the_first_archive(mapillary):

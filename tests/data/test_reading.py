@@ -1,6 +1,8 @@
 """What is read is what a viewer shows, worked out by hand or by OpenCV."""
 
 import os
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -237,3 +239,40 @@ def test_the_images_of_a_folder(tmp_path):
     assert [path.name for path in find_images(f"{inside}/*").images] == ["a.JPG"]
     with pytest.raises(UserError, match="no images for input="):
         find_images(f"{inside}/**/d.png")
+
+
+# Labels in less or more than 8 bits
+
+
+def write_png(path, width, bits, kind, row):
+    """A PNG of one row by its specification; kind 0 is grey, 2 RGB, 4 grey with alpha."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, 1, bits, kind, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "values", "shown"),
+    [
+        (1, b"\x50", [0, 1, 0, 1], [0, 255, 0, 255]),
+        (2, b"\x1b", [0, 1, 2, 3], [0, 85, 170, 255]),
+        (4, b"\x01\x2f", [0, 1, 2, 15], [0, 17, 34, 255]),
+    ],
+)
+def test_few_bits_are_ids_in_a_label_and_shades_in_an_image(tmp_path, bits, row, values, shown):
+    path = write_png(tmp_path / "a.png", 4, bits, 0, row)
+    assert read_stored(path).values.tolist() == [values]
+    assert read_image(path)[..., 0].tolist() == [shown]
+
+
+@pytest.mark.parametrize(("kind", "row"), [(2, [5, 5, 5, 300, 300, 300]), (4, [5, 65535, 300, 65535])])
+def test_labels_of_16_bits_in_several_channels_are_refused(tmp_path, kind, row):
+    """Pillow reads their upper bytes, here 0 and 1."""
+    path = write_png(tmp_path / "a.png", 2, 16, kind, struct.pack(f">{len(row)}H", *row))
+    with pytest.raises(UserError, match=r"a\.png has 16 bits a channel in several.*one channel, or as RGB of 8"):
+        read_stored(path)

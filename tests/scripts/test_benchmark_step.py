@@ -21,8 +21,18 @@ NETWORKS = ("--teacher", "segformer_b0", "--student", "segformer_b0")
 
 
 @pytest.fixture(autouse=True)
-def _no_profiler(monkeypatch):
+def _small(monkeypatch):
+    """No profiler, and networks of one narrow block a stage."""
     monkeypatch.setattr(measure, "operator_shares", lambda run, device: {"mm": 0.75, "add": 0.25})
+    sizes = {"channels": [8, 16, 40, 64], "depths": [1, 1, 1, 1]}
+    small = [f"+{who}.network.encoder.{key}={sizes[key]}" for who in ("student", "teacher") for key in sizes]
+    compose = training.compose_config
+
+    def compose_small(args, distill, *overrides):
+        return compose(args, distill, *overrides, *([] if args.student == "pvt_v2_b0" else small))
+
+    for module in (training, step):
+        monkeypatch.setattr(module, "compose_config", compose_small)
 
 
 def parts(distill="transkd_base"):

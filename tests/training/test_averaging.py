@@ -52,7 +52,7 @@ def test_the_average_by_hand():
 
 
 def test_a_decay_of_zero_is_the_last_weights(tmp_path):
-    settings = ["distill=none", *TINY_NETWORKS]
+    settings = ["distill=none", *TINY_NETWORKS, "trainer.max_epochs=1", "pictures=0"]
     run(composed(tmp_path, "plain", *settings))
     run(composed(tmp_path, "averaged", *settings, "student.ema=0"))
     assert_identical(student(tmp_path, "plain"), student(tmp_path, "averaged"))
@@ -60,7 +60,7 @@ def test_a_decay_of_zero_is_the_last_weights(tmp_path):
 
 
 def test_a_resumed_run_ends_with_the_undisturbed_average(tmp_path, monkeypatch):
-    settings = ["distill=none", *TINY_NETWORKS, "trainer.max_epochs=3", "student.ema=0.9"]
+    settings = ["distill=none", *TINY_NETWORKS, "trainer.max_epochs=3", "student.ema=0.9", "pictures=0"]
     run(composed(tmp_path, "undisturbed", *settings))
     step = Distiller.training_step
 

@@ -20,7 +20,7 @@ from transkd.models import create_segmenter
 from transkd.training.checking import Findings, check
 from transkd.training.costs import estimate_hours
 from transkd.training.device import Device
-from transkd.training.probing import PeakMemory, taps_and_readers, term_gradients
+from transkd.training.probing import PeakMemory, ValidationTimer, taps_and_readers, term_gradients
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def good(root):
     """The findings of a run that would work."""
-    return check(composed(root, "good", "distill=transkd_base", config="check"))
+    return check(composed(root, "good", "distill=transkd_base", f"data.cache={root / 'frames'}", config="check"))
 
 
 def test_a_good_run_has_no_problem(good):
@@ -44,7 +44,7 @@ def test_what_it_writes(root, good):
     assert written["problems"] == []
     assert written["files"]["train"]["images"] == 8
     assert Image.open(root / "good" / "sheet.png").width > 400
-    assert {path.name for path in root.iterdir()} == {"data", "good"}  # no teacher was trained
+    assert {path.name for path in root.iterdir()} == {"data", "good"}  # no teacher, no frames
 
 
 def test_what_it_says_of_networks_and_terms(good):
@@ -105,6 +105,22 @@ def test_all_that_is_wrong_is_said_at_once(root, good, monkeypatch, capsys, tmp_
     assert [part for part in parts if sum(part in line for line in errors) != 1] == []
     assert len(errors) == len(parts)
     assert any("the class bicyclist never occurs in the labels of train" in line for line in lines)
+
+
+def test_a_crop_in_the_validation_transform_is_one_line(root, good):
+    crop = "{_target_: albumentations.CenterCrop, height: 16, width: 16}"
+    transform = f"data.eval_transform={{_target_: albumentations.Compose, transforms: [{crop}]}}"
+    (line,) = check(composed(root, "crop", "distill=none", transform, config="check")).problems
+    assert line.startswith("data.eval_transform cannot be undone: it cuts off pixels of the image")
+    assert "protocol=input-res" in line
+
+
+def test_time_of_validation_batches_without_the_start_of_the_loader():
+    timer = ValidationTimer(Device.choose("cpu"))
+    timer.marks = [0.0, 10.0]
+    assert timer.seconds == 10.0
+    timer.marks += [13.0, 14.0]
+    assert timer.seconds == 2.0
 
 
 def test_a_student_and_a_schedule_that_do_not_fit(root, good):
@@ -175,11 +191,13 @@ def test_gradients_are_those_of_a_backward_pass():
     student = create_segmenter("segformer_b0", 2, width=16, encoder=encoder)
     criterion = Criterion({"task": {"term": TaskCrossEntropy(), "weight": 2.0}})
     values, statistics = term_gradients(student, None, criterion, Data())
-    taps = taps_and_readers(student, None, criterion, Data())
-    assert [tap.name for tap in taps if tap.readers] == ["logits"]
     assert student.training
     image, target, _ = Data().dataset("train")[0]
-    logits = student.eval()(image[None]).logits
+    output = student.eval()(image[None])
+    taps = taps_and_readers(criterion, output, None, target[None].long())
+    assert [tap.name for tap in taps if tap.readers] == ["logits"]
+    assert criterion.training
+    logits = output.logits
     full = torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear")
     loss = torch.nn.functional.cross_entropy(full, target[None].long())
     loss.backward()

@@ -258,7 +258,16 @@ def test_a_machine_that_has_no_compiler(tmp_path):
     )
     missing = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": ""}
     environment = {"PYTHONPATH": ":".join(sys.path), **missing}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(  # in a session of its own, so that no signal of one reaches the other's group
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     assert "UserError: compile=true needs a C++ compiler" in done.stderr
 
 

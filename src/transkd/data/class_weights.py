@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
@@ -38,7 +39,7 @@ class _Counts(Dataset[npt.NDArray[np.int64]]):
         return self.dataset.labelled  # images without a label come last
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        label = self.dataset.read(index)[1]
+        label = self.dataset.read_label(index)
         return np.bincount(label.ravel(), minlength=256)[: len(self.dataset.classes.names)]
 
 
@@ -49,8 +50,14 @@ def count_classes(dataset: SegmentationDataset, num_workers: int = 0, progress: 
         UserError: a file cannot be read.
     """
     pixels, around = np.zeros((2, len(dataset.classes.names)), np.int64)
-    images = DataLoader(_Counts(dataset), batch_size=None, num_workers=num_workers, collate_fn=np.asarray)
-    for found in track(images, "counting classes", total=dataset.labelled, disable=not progress):
+    labels = DataLoader(
+        _Counts(dataset),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=np.asarray,
+        generator=torch.Generator(),  # the global one gives random weights, which must not depend on whether we count
+    )
+    for found in track(labels, "counting classes", total=dataset.labelled, disable=not progress):
         pixels += found
         around += (found > 0) * found.sum()
     return ClassCounts(pixels.tolist(), around.tolist())

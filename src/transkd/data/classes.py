@@ -294,7 +294,8 @@ def class_set(classes: str | ClassSet) -> ClassSet:
     """Return a label set by its name, or one of a user's with plain texts and whole numbers.
 
     Raises:
-        UserError: the name is unknown, or names and colours are not one text and one RGB colour per class.
+        UserError: the name is unknown, or names and colours are not one text and one RGB colour per class, two classes
+            at least.
 
     Example:
         >>> class_set(ClassSet(["road", "car"], [[128, 64, 128], [0, 0, 142]]))
@@ -307,17 +308,21 @@ def class_set(classes: str | ClassSet) -> ClassSet:
     names, palette = getattr(classes, "names", None), getattr(classes, "palette", None)
     if not isinstance(names, Iterable) or isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise UserError(f"data.classes.names={names}: expected a list of names, one text per class")
-    if not isinstance(palette, Iterable) or not all(map(_is_colour, palette)):
+    names = tuple(names)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"data.classes.names has {', '.join(twice)} more than once; expected different names")
+    if len(names) < 2:
         raise UserError(
-            f"data.classes.palette={palette}: expected one colour per class, three whole numbers from 0 to 255"
+            f"data.classes.names=[{', '.join(names)}]: expected at least two classes; the rest of the image is one "
+            "too, such as [background,crack] for masks of 0 and 1"
         )
-    found = ClassSet(tuple(names), tuple((int(red), int(green), int(blue)) for red, green, blue in palette))
-    if len(found.names) != len(found.palette) or len(set(found.names)) != len(found.names):
-        raise UserError(
-            f"data.classes has {len(found.names)} names, of which {len(set(found.names))} are different, and "
-            f"{len(found.palette)} colours; expected one name and one colour per class"
-        )
-    return found
+    wrong = [palette] if not isinstance(palette, Iterable) else [one for one in palette if not _is_colour(one)]
+    if wrong or not isinstance(palette, Iterable):
+        raise UserError(f"data.classes.palette has {wrong[0]}: expected [r,g,b], whole numbers from 0 to 255")
+    colours = tuple((int(red), int(green), int(blue)) for red, green, blue in palette)
+    if len(colours) != len(names):
+        raise UserError(f"data.classes.palette has {len(colours)} colours for {len(names)} names; give one each")
+    return ClassSet(names, colours)
 
 
 def _is_colour(colour: object) -> bool:

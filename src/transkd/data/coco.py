@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import io
 import json
 import os
 from collections import defaultdict
@@ -12,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 from transkd.data.folder import BySplit, of_split
 from transkd.data.listing import Pair, elsewhere, find_files, named
 from transkd.data.reading import read_size
+from transkd.data.writing import save_png
 from transkd.errors import UserError
 from transkd.files import write_atomically
 from transkd.outputs import IGNORE
@@ -142,7 +141,7 @@ def _draw(data: dict[str, Any], path: Path, target: Path, ids: Mapping[str | Non
             drawn.append((int(mask.sum()), mask, classes[annotation["category_id"]]))
         for _, mask, class_id in sorted(drawn, key=lambda entry: -entry[0]):
             label[mask] = class_id
-        _save(label, target / f"{image['file_name']}.png")
+        save_png(label, target / f"{image['file_name']}.png", compress_level=3)
     names = "".join(f"{name}\n" for name in sorted(image["file_name"] for image in data["images"]))
     write_atomically(target / INDEX, names.encode())
 
@@ -196,9 +195,3 @@ def _mask(annotation: dict[str, Any], image: dict[str, Any], path: Path, mask_to
             f"{path}: an RLE of {image['file_name']} is {mask.shape[0]}×{mask.shape[1]}, the image {size[0]}×{size[1]}"
         )
     return mask
-
-
-def _save(pixels: npt.NDArray[np.uint8], path: Path) -> None:
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, format="PNG", compress_level=3)
-    write_atomically(path, content.getbuffer(), sync=False)

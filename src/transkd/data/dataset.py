@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transkd.data.classes import ClassSet
-from transkd.data.geometry import ImageTransform, transform_both
+from transkd.data.geometry import ImageTransform, ignoring_padding
 from transkd.data.labels import LabelFormat, LabelReader
 from transkd.data.listing import IMAGE_SUFFIXES, Pair, is_image, pair_by_name
-from transkd.data.reading import read_image, read_oriented, read_stored
+from transkd.data.reading import read_image, read_oriented, read_size, read_stored
 from transkd.data.transformed import check_image, check_label
 from transkd.errors import UserError
 
@@ -106,9 +106,9 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
     ) -> None:
         self.pairs = list(pairs)
         self.classes = classes
-        self.transform_labels, self.ignore_padding = transform_labels, ignore_padding
+        self.transform_labels = transform_labels
         self.label_reader = LabelReader(classes, void, label)
-        self.use_frames(self.read, transform)
+        self.use_frames(self.read, ignoring_padding(transform) if ignore_padding else transform)
 
     def use_frames(
         self, frame: Callable[[int], tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]], transform: Any
@@ -135,6 +135,14 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
         if pair.label is None:
             return image, np.full((height, width), UNLABELLED_BYTE, dtype=np.uint8)
         return image, self.label_reader.read(pair.label, (height, width), orientation, pair.image)
+
+    def read_label(self, index: int) -> npt.NDArray[np.uint8]:
+        """Read the label that `read` gives; of its image only the header."""
+        pair = self.pairs[index]
+        size, orientation = read_size(pair.image)
+        if pair.label is None:
+            return np.full(size, UNLABELLED_BYTE, dtype=np.uint8)
+        return self.label_reader.read(pair.label, size, orientation, pair.image)
 
     def check(self, images: int = 16) -> None:
         """Check some labels and the first transformed sample, before anything long begins.
@@ -179,7 +187,5 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         if seed is not None:
             seed_transform(self.transform, seed)
-        if self.ignore_padding:
-            return transform_both(self.transform, image, label)
         transformed = self.transform(image=image, mask=label)
         return transformed["image"], transformed["mask"]

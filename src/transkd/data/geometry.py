@@ -13,10 +13,10 @@ from transkd.data.transformed import check_image
 from transkd.errors import UserError
 from transkd.outputs import IGNORE
 
-__all__ = ["ImageTransform", "class_of_padding", "transform_both"]
+__all__ = ["ImageTransform", "class_of_padding", "ignoring_padding"]
 
 Pixels = npt.NDArray[np.uint8]
-Values = npt.NDArray[np.float64]
+Values = npt.NDArray[Any]
 
 START = 1000.0  # added to coordinates: what padding is filled with is at most 255
 SAMPLES = 96  # along each side, from which a transform is recognised
@@ -43,7 +43,8 @@ class ImageTransform:
     """
 
     def __init__(self, transform: Any) -> None:
-        self.transform = _interpolating_masks(copy.deepcopy(transform))
+        # coordinates stay exact under linear interpolation
+        self.transform = _with(copy.deepcopy(transform), "mask_interpolation", cv2.INTER_LINEAR)
 
     def __call__(self, image: Pixels) -> tuple[Pixels, Tensor | None]:
         """Transform an image [H, W, 3].
@@ -56,27 +57,25 @@ class ImageTransform:
             UserError: pixels of the image are lost, it is distorted, or the result is no image of bytes.
         """
         size = image.shape[:2]
-        coordinates = np.indices(size).transpose(1, 2, 0).astype(np.float64) + START
+        coordinates = np.empty((*size, 2), np.float32)
+        coordinates[..., 0] = START + np.arange(size[0])[:, None]
+        coordinates[..., 1] = START + np.arange(size[1])
         transformed = self.transform(image=image, mask=coordinates)
         check_image(transformed["image"])
-        return transformed["image"], _place(transformed["mask"] - START, size)
+        del coordinates
+        return transformed["image"], _place(transformed["mask"], size)
 
 
-def transform_both(transform: Any, image: Pixels, label: Pixels) -> tuple[Pixels, Pixels]:
-    """Transform an image and its label; padding gets the label 255, also where ``fill_mask`` is not given.
+def ignoring_padding(transform: Any) -> Any:
+    """Copy a transform, in which padding gets the label 255, whatever ``fill_mask`` says.
 
     Example:
         >>> import albumentations as A
-        >>> pad = A.Compose([A.PadIfNeeded(1, 3)])
-        >>> transform_both(pad, np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1), np.uint8))[1].tolist()
+        >>> pad = ignoring_padding(A.Compose([A.PadIfNeeded(1, 3)]))
+        >>> pad(image=np.zeros((1, 1, 3), np.uint8), mask=np.zeros((1, 1), np.uint8))["mask"].tolist()
         [[255, 0, 255]]
     """
-    # class k is k + 1 and 255 is 0 meanwhile: Albumentations fills with 0, the first class, unless it is told otherwise
-    transformed = transform(image=image, mask=label + np.uint8(1))
-    shifted = transformed["mask"]
-    if shifted.dtype != np.uint8:
-        return transformed["image"], shifted  # no class ids any more
-    return transformed["image"], np.where(shifted == IGNORE, np.uint8(IGNORE), shifted - np.uint8(1))
+    return _with(copy.deepcopy(transform), "fill_mask", IGNORE)
 
 
 def class_of_padding(transform: Any, image: Pixels) -> int | None:
@@ -99,17 +98,17 @@ def class_of_padding(transform: Any, image: Pixels) -> int | None:
     return None
 
 
-def _interpolating_masks(transform: Any) -> Any:
-    """Let masks be resized linearly, in place: coordinates stay exact under linear interpolation."""
-    if hasattr(transform, "mask_interpolation"):
-        transform.mask_interpolation = cv2.INTER_LINEAR
+def _with(transform: Any, setting: str, value: int) -> Any:
+    """Set an argument of a transform and of its parts, in place, where they have it."""
+    if getattr(transform, setting, None) is not None:
+        setattr(transform, setting, value)
     for part in getattr(transform, "transforms", ()):
-        _interpolating_masks(part)
+        _with(part, setting, value)
     return transform
 
 
 def _place(coordinates: Values, size: tuple[int, int]) -> Tensor | None:
-    """The matrix for ``restored`` from the coordinates (y, x) in the image [h, w, 2] that each result pixel shows."""
+    """The matrix for ``restored`` from START + the coordinates (y, x) in the image that each result pixel shows."""
     before, after = np.array(size), np.array(coordinates.shape[:2])
     linear, offset = _fit(coordinates)
     _check(coordinates, linear, offset, before)
@@ -134,7 +133,7 @@ def _samples(length: int, first: float = 0, last: float = 1) -> npt.NDArray[np.i
 
 def _fit(coordinates: Values) -> tuple[Values, Values]:
     """Least squares of ``coordinates ≈ linear @ (row, column) + offset``, in the middle of what is not padding."""
-    inside = np.logical_and(coordinates[..., 0] >= 0, coordinates[..., 1] >= 0)
+    inside = np.logical_and(coordinates[..., 0] >= START, coordinates[..., 1] >= START)
     if not inside.any():
         raise _lost("nothing of the image is left")
     lines = []
@@ -143,7 +142,7 @@ def _fit(coordinates: Values) -> tuple[Values, Values]:
         lines.append(found[0] + _samples(found[-1] - found[0] + 1, 0.25, 0.75))
     rows, columns = np.meshgrid(*lines, indexing="ij")
     points = np.stack([rows.ravel(), columns.ravel(), np.ones(rows.size)], axis=1)
-    solution = np.linalg.lstsq(points, coordinates[rows, columns].reshape(-1, 2), rcond=None)[0]
+    solution = np.linalg.lstsq(points, coordinates[rows, columns].reshape(-1, 2) - START, rcond=None)[0]
     return solution[:2].T, solution[2]
 
 
@@ -153,7 +152,7 @@ def _check(coordinates: Values, linear: Values, offset: Values, before: npt.NDAr
     expected = np.stack([rows, columns], axis=-1) @ linear.T + offset
     margin = 1 + np.abs(linear).sum(1)
     inside = ((expected > margin - 1) & (expected < before - margin)).all(-1)
-    far = np.abs(coordinates[rows, columns] - expected)[inside].max(initial=0) > 5 * EXACT
+    far = np.abs(coordinates[rows, columns] - START - expected)[inside].max(initial=0) > 5 * EXACT
     if far or abs(np.linalg.det(linear)) < 1e-6:
         raise _lost("it does more than resize, pad, flip and turn by 90°")
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transkd.data.datamodule import SegmentationDataModule
 from transkd.data.dataset import SegmentationDataset
 from transkd.data.listing import UnpairedError
-from transkd.data.reading import read_oriented
+from transkd.data.reading import check_sums, read_oriented
 from transkd.errors import UserError
 
 __all__ = ["Inspection", "absent_classes", "check_intact", "duplicates", "inspect_split", "open_split"]
@@ -163,15 +162,7 @@ def check_intact(path: Path) -> None:
     Raises:
         UserError: the file is missing or damaged.
     """
-    try:
-        with Image.open(path) as image:
-            kind = image.format
-            image.verify()
-    except FileNotFoundError as error:
-        raise UserError(f"image not found: {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: damaged, truncated or not an image ({error})") from error
-    complaints = _decoder_complaints(path) if kind == "JPEG" else ""
+    complaints = _decoder_complaints(path) if check_sums(path) in ("JPEG", "MPO") else ""
     if complaints:
         raise UserError(f"cannot read the image {path}: damaged ({complaints})")
 

@@ -30,7 +30,8 @@ class LabelFormat:
 
     Attributes:
         ids: class of each stored value: a class id, a class name, or null = ignored. The key "other" stands for all
-            values that are not listed. Without a map the stored values are class ids.
+            values that are not listed; 255 stays ignored unless it is listed itself. Without a map the stored
+            values are class ids.
         reduce_zero_label: the stored value 0 is ignored, k is class k-1.
         colors: true reads the colours of an RGB or palette label, which must be those of the classes; false reads the
             values of a palette label whatever its colours; null reads them unless a colour is that of another class.
@@ -142,7 +143,8 @@ class LabelReader:
         Raises:
             UserError: no label has a value other than 0 and 255, and one has 255.
         """
-        if self.names != 2 or self.form.ids or self.form.colors or self.form.reduce_zero_label:
+        said = IGNORE in _whole_numbers(self.form.ids) or self.form.colors or self.form.reduce_zero_label
+        if self.names != 2 or said:
             return
         seen: set[int] = set()
         for path, label in stored:
@@ -185,6 +187,11 @@ class LabelReader:
     def _from_colours(self, values: Array, path: Path) -> Ids:
         assert self.colours is not None
         if values.ndim == 2:
+            if values.max(initial=0) > 255:
+                raise UserError(
+                    f"{path} has grey values of 16 bits, up to {values.max()}, but data.label.colors=true reads "
+                    "colours of 8 bits; map the values with data.label.ids instead"
+                )
             values = np.repeat(values.astype(np.uint8)[..., None], 3, axis=2)
         ids = self.colours[_codes(values)]
         unknown = ids == UNKNOWN
@@ -220,6 +227,11 @@ class LabelReader:
         hint = f"map them with data.label.ids={{{entries}}} (a class, or null = ignored)"
         if unknown == [self.names] and not self.form.reduce_zero_label:
             hint = f"if 0 is to be ignored and k is class k-1, set data.label.reduce_zero_label=true; otherwise {hint}"
+        if max(unknown) > IGNORE:
+            hint = (
+                "values above 255 often number objects (class·256 + object, class·1000 + object): take the label "
+                f"images without objects, or {hint}"
+            )
         outside = f"are outside the {self.names} classes 0…{self.names - 1} (255 = ignore)"
         return f"{path}: label values {shown} {outside}; {hint}"
 

@@ -1,19 +1,18 @@
 """NYU Depth v2 (Silberman et al., ECCV 2012): indoor scenes with the 40 classes of Gupta et al. (CVPR 2013)."""
 
 import importlib
-import os
-import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from transkd.data.listing import Pair, by_stem, elsewhere, named
+from transkd.data.listing import Pair, by_stem, elsewhere, read_names
+from transkd.data.writing import save_png
 from transkd.errors import UserError
+from transkd.files import write_atomically
 from transkd.outputs import IGNORE
 
 __all__ = ["find_nyuv2", "prepare_nyuv2"]
@@ -48,14 +47,13 @@ def find_nyuv2(root: str | Path, split: str) -> list[Pair]:
         raise UserError(
             f"no NYUv2 split {split}.txt under data.root={root}: expected {LAYOUT}{elsewhere(root, index.name)}"
         )
-    ids = named(index.read_text(encoding="utf-8")).split()
+    ids = read_names(index, "NYUv2")
     images, labels = (by_stem((root / folder).glob("*")) for folder in ("images", "labels"))
     missing = [f"images/{i}.png" for i in ids if i not in images]
     missing += [f"labels/{i}.png" for i in ids if i not in labels]
-    if missing or not ids:
+    if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        absent = f"; missing are {', '.join(missing[:3])}{more}" if missing else ""
-        raise UserError(f"{index} lists {len(ids)} ids{absent}: expected {LAYOUT}")
+        raise UserError(f"{index} lists {len(ids)} ids; missing are {', '.join(missing[:3])}{more}: expected {LAYOUT}")
     return [Pair(images[i], labels[i]) for i in ids]
 
 
@@ -63,8 +61,8 @@ def prepare_nyuv2(root: str | Path) -> None:
     """Convert the official files in ``root`` to the layout of `find_nyuv2`, once; do nothing without them.
 
     ``nyu_depth_v2_labeled.mat`` is read by h5py, ``splits.mat`` and ``classMapping40.mat`` by SciPy
-    (``pip install 'transkd[nyuv2]'``). Ids are the 1-based indices of the official file. Every file is written to a
-    temporary name and renamed, the split files last; an interrupted conversion continues with the missing files.
+    (``pip install 'transkd[nyuv2]'``). Ids are the 1-based indices of the official file. The split files are
+    written last; an interrupted conversion continues with the missing files.
 
     Args:
         root: folder with the three files; the converted files are written there.
@@ -89,7 +87,7 @@ def prepare_nyuv2(root: str | Path) -> None:
         splits = _split_indices(_read_mat(scipy_io, root / SPLITS, OFFICIAL.values()), len(images), root / SPLITS)
         _convert(root, images, labels, table, sorted({i for indices in splits.values() for i in indices}))
     for split, indices in splits.items():
-        _replace_text(root / f"{split}.txt", "".join(f"{i:04d}\n" for i in indices))
+        write_atomically(root / f"{split}.txt", "".join(f"{i:04d}\n" for i in indices).encode())
 
 
 def _import_for_mat(module: str) -> Any:
@@ -143,31 +141,14 @@ def _split_indices(content: dict[str, Array], count: int, path: Path) -> dict[st
 
 def _convert(root: Path, images: Any, labels: Any, table: npt.NDArray[np.uint8], indices: list[int]) -> None:
     console = Console(stderr=True)
-    (root / "images").mkdir(exist_ok=True)
-    (root / "labels").mkdir(exist_ok=True)
     for i in track(indices, "Converting NYUv2", transient=True, console=console, disable=not console.is_terminal):
         image, label = root / "images" / f"{i:04d}.png", root / "labels" / f"{i:04d}.png"
         if not image.is_file():
-            _save(image, np.asarray(images[i - 1]).transpose(2, 1, 0))
+            save_png(np.asarray(images[i - 1]).transpose(2, 1, 0), image, compress_level=3)
         if not label.is_file():
             stored = np.asarray(labels[i - 1]).T
             if stored.max(initial=0) >= len(table):
                 raise UserError(
                     f"{root / LABELED}: image {i} has the label {stored.max()}, expected 0…{ORIGINAL_CLASSES}"
                 )
-            _save(label, table[stored])
-
-
-def _save(path: Path, pixels: Array) -> None:
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, format="PNG", compress_level=3)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+            save_png(table[stored], label, compress_level=3)

@@ -2,9 +2,9 @@
 
 import colorsys
 from collections.abc import Sequence
+from typing import Any
 
-from transkd.data.classes import ClassSet
-from transkd.errors import UserError
+from transkd.data.classes import ClassSet, class_set
 
 __all__ = ["own_classes"]
 
@@ -17,23 +17,14 @@ def own_classes(names: Sequence[str], palette: Sequence[Sequence[int]] | None = 
         palette: one RGB colour per class id; by default colours far from each other.
 
     Raises:
-        UserError: two classes have one name, or the palette does not fit the names.
+        UserError: there are fewer than two different names, or the palette does not fit them; see ``class_set``.
 
     Example:
         >>> own_classes(["road", "car"])
         ClassSet(names=('road', 'car'), palette=((242, 24, 24), (71, 103, 178)))
     """
-    names = tuple(str(name) for name in names)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        raise UserError(f"data.classes.names must be different names, at least one; {', '.join(twice) or 'none'} given")
-    colours = [_colour(i) for i in range(len(names))] if palette is None else [tuple(c) for c in palette]
-    if len(colours) != len(names):
-        raise UserError(f"data.classes.palette has {len(colours)} colours for {len(names)} names; give one each")
-    wrong = [colour for colour in colours if len(colour) != 3 or not all(0 <= part <= 255 for part in colour)]
-    if wrong:
-        raise UserError(f"data.classes.palette has {list(wrong[0])}: expected [r,g,b], each from 0 to 255")
-    return ClassSet(names, tuple((red, green, blue) for red, green, blue in colours))
+    colours: Any = [_colour(i) for i in range(len(names))] if palette is None else palette
+    return class_set(ClassSet(tuple(str(name) for name in names), colours))
 
 
 def _colour(i: int) -> tuple[int, ...]:

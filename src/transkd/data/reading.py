@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from transkd.errors import UserError
 from transkd.files import check_regular_file
 
-__all__ = ["MOST_PIXELS", "Stored", "read_image", "read_oriented", "read_size", "read_stored", "turn"]
+__all__ = ["MOST_PIXELS", "Stored", "check_sums", "read_image", "read_oriented", "read_size", "read_stored", "turn"]
 
 Array = npt.NDArray[Any]
 
@@ -29,6 +29,7 @@ MOST_PIXELS = 178_956_970
 ORIENTATION = 0x0112  # tag of EXIF and TIFF
 SWAPPED = (5, 6, 7, 8)  # orientations that exchange height and width
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+SCALED = {"L;2": 255 // 3, "L;4": 255 // 15}  # what Pillow multiplies grey values of 2 and 4 bits by
 LABEL_MODES = ("1", "L", "P", "I", *SIXTEEN_BITS, "RGB", "RGBA", "LA")
 
 
@@ -79,31 +80,50 @@ class Stored(NamedTuple):
 def read_stored(path: str | Path, colours: bool = False) -> Stored:
     """Read a label file: values of a grey or palette image, RGB colours of a colour image; EXIF applied.
 
-    A 1-bit image has the values 0 and 1. An RGB image of greys has its grey values. Fully transparent pixels of an RGBA
-    image become black.
+    Grey images of 1, 2 and 4 bits have the values that are stored, from 0 to 1, 3 and 15; their colours are those of a
+    viewer. An RGB image of greys has its grey values. Fully transparent pixels of an RGBA image become black.
 
     Args:
         path: file of the label.
         colours: read the colours of a palette image, not its values.
 
     Raises:
-        UserError: the file is missing, damaged, a JPEG, partly transparent, or of floating-point values.
+        UserError: the file is missing, damaged, a JPEG, partly transparent, or of floating-point values or
+            16-bit colours.
     """
     with _opened(path, "label") as image:
         if image.format in ("JPEG", "MPO"):
             raise UserError(f"{path} is a JPEG, which changes the values of a label; export labels as PNG")
-        mode, palette = image.mode, _palette(image)
+        mode, palette, packed = image.mode, _palette(image), _packing(image)
         if mode not in LABEL_MODES:
             raise UserError(f"{path} is a {mode} image; a label must be of class ids, with a palette, or RGB")
+        if ";16" in packed and mode in ("RGB", "RGBA", "LA"):
+            raise UserError(
+                f"{path} has 16 bits a channel in several channels, which are read as 8; save the label as an image of "
+                "one channel, or as RGB of 8 bits"
+            )
         label = _upright(image, _orientation(image))
         pixels = np.asarray(label.convert("RGB") if mode == "P" and colours else label)
     if mode == "1":
-        pixels = pixels.astype(np.uint8)
+        pixels = pixels.astype(np.uint8) * np.uint8(255 if colours else 1)
+    elif packed in SCALED and not colours:
+        pixels = pixels // SCALED[packed]
     if mode in ("RGBA", "LA"):
         pixels = _without_alpha(pixels, path)
     if pixels.ndim == 3 and not colours and _is_grey(pixels):
         pixels = pixels[..., 0]
     return Stored(pixels, None if colours else palette)
+
+
+def check_sums(path: str | Path) -> str | None:
+    """Compare the checksums of a file, which PNG has, without decoding it; return the name of its format.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    with _opened(path, "image") as image:
+        image.verify()
+        return image.format
 
 
 def turn(pixels: Array, orientation: int) -> Array:
@@ -175,7 +195,14 @@ def _rgb(image: Image.Image, file_format: str | None, path: str | Path) -> Image
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _packing(image: Image.Image) -> str:
+    """How the pixels of a file are stored, in Pillow's words, such as "RGB;16B"; before they are loaded."""
+    tiles: Any = getattr(image, "tile", None)
+    packing = tiles[0][3] if tiles else ""
+    return str(packing[0] if isinstance(packing, tuple) else packing)
 
 
 def _palette(image: Image.Image) -> Array | None:

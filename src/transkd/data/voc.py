@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transkd.data.listing import Pair, elsewhere, pair_by_name
+from transkd.data.listing import Pair, elsewhere, pair_by_name, read_names
 from transkd.errors import UserError
 
 __all__ = ["find_voc"]
@@ -31,13 +31,13 @@ def find_voc(root: str | Path, split: str, augmented: bool = True) -> list[Pair]
             + elsewhere(root, "ImageSets/Segmentation", "JPEGImages")
             + ("; without the augmented labels of SBD set data.find.augmented=false" if listed == "trainaug" else "")
         )
-    names = index.read_text(encoding="utf-8").split()
+    names = read_names(index, "Pascal VOC")
     images = {name: path for name in names if (path := root / "JPEGImages" / f"{name}.jpg").is_file()}
     labels = {name: path for name in names if (path := root / folder / f"{name}.png").is_file()}
     missing = [name for name in names if name not in images and name not in labels]
-    if missing or not names:
+    if missing:
         raise UserError(
             f"{index} lists {len(names)} names; neither image nor label exists for {len(missing)} of "
-            f"them, {', '.join(missing[:3]) or 'none'}: expected JPEGImages/<name>.jpg and {folder}/<name>.png"
+            f"them, {', '.join(missing[:3])}: expected JPEGImages/<name>.jpg and {folder}/<name>.png"
         )
     return pair_by_name(images, labels)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from transkd.data.writing import as_png
 from transkd.errors import UserError
 from transkd.files import write_atomically
 
@@ -87,7 +87,7 @@ def write_archive(kind: str, predictions: Mapping[Path, Path], path: Path) -> st
         for image, ids in predictions.items():
             member = _member(archive, image)
             assert member is not None
-            file.writestr(member, _png(values[np.asarray(Image.open(ids))]))
+            file.writestr(member, as_png(values[np.asarray(Image.open(ids))]))
     write_atomically(path, content.getbuffer())
     lacking = f"; the server scores all {archive.images}" if len(predictions) != archive.images else ""
     return f"{path} has {len(predictions)} of the {archive.images} test images of {kind}{lacking}"
@@ -96,9 +96,3 @@ def write_archive(kind: str, predictions: Mapping[Path, Path], path: Path) -> st
 def _member(archive: Archive, image: Path) -> str | None:
     match = re.fullmatch(archive.name, image.stem)
     return None if match is None else archive.member.format(match[1])
-
-
-def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, format="PNG")
-    return content.getvalue()

@@ -11,6 +11,7 @@ from rich.progress import track
 from transkd.data.geometry import ImageTransform
 from transkd.data.images import OUTPUTS, find_images
 from transkd.data.reading import MOST_PIXELS, read_image
+from transkd.data.writing import save_png
 from transkd.deploy.archives import check_archive, write_archive
 from transkd.deploy.loading import load_network
 from transkd.deploy.tiling import finite_logits, segment_in_tiles
@@ -19,7 +20,7 @@ from transkd.layers import restored
 from transkd.layers.upsampling import upsampled_argmax
 from transkd.models import Segmenter
 from transkd.models.storage.resizing import Step, resize_steps, resized
-from transkd.pictures import Pixels, colourise, overlay, palette_of, save_image
+from transkd.pictures import Pixels, colourise, overlay, palette_of
 from transkd.settings import PredictSettings
 
 __all__ = ["predict", "segment"]
@@ -111,10 +112,10 @@ def _segment_file(
             f"{image} would have {height}×{width} pixels at the size of validation; resize=false keeps its own"
         )
     ids = segment(network, pixels, _transform(steps), settings.tile)
-    save_image(ids, target["ids"])
+    save_png(ids, target["ids"])
     colours = colourise(ids, palette)
-    save_image(colours, target["colour"])
-    save_image(overlay(pixels, colours, settings.opacity), target["overlay"])
+    save_png(colours, target["colour"])
+    save_png(overlay(pixels, colours, settings.opacity), target["overlay"])
 
 
 def _transform(steps: list[Step]) -> ImageTransform | None:

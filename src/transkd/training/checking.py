@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import lightning as L
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from transkd.arguments import check_arguments
@@ -24,7 +23,7 @@ from transkd.training import build, teaching
 from transkd.training.build import Parts
 from transkd.training.checking_report import draw_sheet, report_check
 from transkd.training.class_weights import fill_class_weights
-from transkd.training.costs import ONE_DEVICE, measure_costs
+from transkd.training.costs import ONE_DEVICE, measure_costs, without_workers
 from transkd.training.device import Device
 from transkd.training.probing import explain_failure, taps_and_readers, term_gradients
 from transkd.training.process import prepare_process
@@ -90,7 +89,7 @@ def check(cfg: DictConfig) -> Findings:
     findings.attempt("ckpt_path", find_checkpoint, settings.ckpt_path, settings.name)
     folder = Path(settings.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    data: SegmentationDataModule | None = findings.attempt("data", instantiate, cfg.data)
+    data: SegmentationDataModule | None = findings.attempt("data", build.build_data, cfg)
     usable = data is not None and check_files(findings, data, settings, folder)
     parts = check_networks(findings, cfg, settings, data, device)
     if parts is not None and usable:
@@ -101,7 +100,7 @@ def check(cfg: DictConfig) -> Findings:
 
 def check_files(findings: Findings, data: SegmentationDataModule, settings: CheckSettings, folder: Path) -> bool:
     """Read the files, draw the sheet, and leave broken files out from now on; return whether training can be tried."""
-    findings.attempt("data.prepare", data.prepare_data)
+    findings.attempt("data.prepare", data.generate)
     inspections = []
     for split in ("train", "val"):
         opened = findings.attempt(split, open_split, data, split)
@@ -117,6 +116,7 @@ def check_files(findings: Findings, data: SegmentationDataModule, settings: Chec
         findings.problem(*found.problems)
         inspections.append(found)
     describe_files(findings, data, inspections)
+    data.cache = None  # frames that lie in the cache are used, the others are left for the run to write
     if len(inspections) < 2:
         return False
     fits = findings.attempt("data", data.train_dataloader) is not None
@@ -202,9 +202,10 @@ def check_training(findings: Findings, cfg: DictConfig, settings: CheckSettings,
     findings.problem(*unfit)
     findings.attempt("schedule", check_schedules, criterion, data, settings.trainer)
     before = len(findings.problems)
-    findings.attempt("one image", rehearse, student, read, criterion, data)
-    if unfit or len(findings.problems) > before:
+    shown = findings.attempt("one image", rehearse, student, read, criterion, data)
+    if unfit or shown is None or len(findings.problems) > before:
         return
+    findings.facts["taps"] = [vars(tap) for tap in taps_and_readers(criterion, *shown)]
     frozen = findings.attempt("teacher", freeze_teacher, settings, parts, device, settings.images) if read else None
     findings.attempt("terms", check_terms, findings, student, frozen, criterion, data)
     findings.attempt(
@@ -221,8 +222,7 @@ def check_terms(
     criterion: Criterion,
     data: SegmentationDataModule,
 ) -> None:
-    """Note what each term reads, and its value, weight and gradient."""
-    findings.facts["taps"] = [vars(tap) for tap in taps_and_readers(student, teacher, criterion, data)]
+    """Note each term's value, weight and gradient."""
     values, statistics = term_gradients(student, teacher, criterion, data)
     findings.warnings += dominating(weighted(values, criterion))
     weights = criterion.weights
@@ -252,7 +252,8 @@ def check_score(
     """Score the teacher on the first validation images."""
     batches = -(-settings.images // data.eval_batch_size)
     side = build.build_side_trainer(cfg, limit_val_batches=batches, **ONE_DEVICE)
-    scores = score(teacher, data, settings.protocol, side, device)
+    with without_workers(data):
+        scores = score(teacher, data, settings.protocol, side, device)
     images = min(batches * data.eval_batch_size, len(data.dataset("val")))
     findings.facts["teacher_score"] = {
         "mIoU": scores.miou.item(),

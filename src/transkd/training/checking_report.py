@@ -109,7 +109,8 @@ def run_table(facts: dict[str, Any]) -> Table:
         table.add_row(f"batch of {found['batch_size']}", f"{found['bytes'] / 2**30:.2f} GiB {found['measured']}")
     if "speed" in facts:
         found = facts["speed"]
-        table.add_row("loader", f"{found['loader_images_per_second']:.2f} images/s")
+        more = ", more once the run has filled data.cache" if found["cache"] else ""
+        table.add_row("loader", f"{found['loader_images_per_second']:.2f} images/s{more}")
         speed = f"{found['step_images_per_second']:.2f} images/s, {found['step_seconds']:.3f} s"
         table.add_row("training step", speed + (", compiled" if found["compiled"] else ", not compiled"))
     if "hours" in facts:

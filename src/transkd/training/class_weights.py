@@ -26,6 +26,11 @@ INDIFFERENT = {
     "protocol",
     "seed",
     "conditions",
+    "cache",
+    "augment",
+    "labelled",
+    "unlabelled",
+    "unlabelled_share",
 }
 
 
@@ -34,7 +39,7 @@ def fill_class_weights(cfg: DictConfig, data: SegmentationDataModule, folder: Pa
 
     Args:
         cfg: the whole configuration.
-        data: its training labels are counted.
+        data: its training labels are counted; they are generated if need be.
         folder: keeps the counts for later runs on the same labels.
         progress: whether to show a bar.
 
@@ -49,7 +54,7 @@ def fill_class_weights(cfg: DictConfig, data: SegmentationDataModule, folder: Pa
     if not ruled:
         return
     if getattr(rank_zero_only, "rank", 0) == 0:
-        data.prepare_data()
+        data.generate()
     counts = _kept_counts(cfg, data, folder, progress)
     absent = [name for name, count in zip(data.classes.names, counts.pixels, strict=True) if not count]
     if absent:

@@ -1,13 +1,15 @@
 """Time and memory of a run, from some real training steps and validation batches."""
 
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
 
 from transkd.data import SegmentationDataModule
-from transkd.models import FrozenTeacher
+from transkd.losses import Criterion
+from transkd.models import FrozenTeacher, Network
 from transkd.report import count_parameters
 from transkd.settings import CheckSettings
 from transkd.training import build
@@ -15,13 +17,23 @@ from transkd.training.build import Parts
 from transkd.training.device import Device
 from transkd.training.distiller import Distiller
 from transkd.training.fitting import fit
-from transkd.training.probing import StepTimer, loader_seconds
+from transkd.training.probing import StepTimer, ValidationTimer, loader_seconds
 from transkd.training.scoring import score
 
-__all__ = ["estimate_hours", "measure_costs"]
+__all__ = ["estimate_hours", "measure_costs", "without_workers"]
 
 ONE_DEVICE: dict[str, Any] = {"devices": 1, "strategy": "auto"}
 """Arguments of Lightning's Trainer for measurements in this process."""
+
+
+@contextmanager
+def without_workers(data: SegmentationDataModule) -> Iterator[None]:
+    """Read data in this process, where loading is not timed: workers take long to start and read ahead."""
+    workers, data.num_workers = data.num_workers, 0
+    try:
+        yield
+    finally:
+        data.num_workers = workers
 
 
 def measure_costs(
@@ -46,13 +58,7 @@ def measure_costs(
         UserError: as the training does.
     """
     data, student, _, criterion = parts
-    count = count_parameters(student, criterion)
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    facts["parameters"] = {
-        "student": count["student"],
-        "with_training_modules": sum(count.values()),
-        "trained_of_the_student": trained,
-    }
+    facts["parameters"] = parameter_counts(student, criterion)
     whole = build.build_side_trainer(cfg)  # the run's own, for its numbers of devices and batches
     seconds = loader_seconds(data)
     timer = StepTimer(settings.steps, device)
@@ -64,24 +70,37 @@ def measure_costs(
     )  # fmt: skip
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0, **ONE_DEVICE}
     quiet = build.build_trainer(cfg, callbacks=[timer], enable_progress_bar=False, **options)
-    fit(quiet, distiller, data)
+    with without_workers(data):
+        fit(quiet, distiller, data)
     steps = timer.seconds[1:] or timer.seconds
     facts["memory"] = {"bytes": timer.peak, "measured": timer.memory.measured, "batch_size": data.batch_size}
     step = sum(steps) / len(steps)
-    begin = time.perf_counter()
     side = build.build_side_trainer(cfg, limit_val_batches=2, **ONE_DEVICE)
+    validation = ValidationTimer(device)
+    side.callbacks.append(validation)  # type: ignore[attr-defined]
     score(student, data, settings.protocol, side, device)
-    validation = (time.perf_counter() - begin) / min(2, _batches(data))
     facts["speed"] = {
         "loader_images_per_second": data.batch_size / seconds,
         "step_images_per_second": data.batch_size / step,
         "step_seconds": step,
         "steps_timed": len(steps),
+        "validation_seconds": validation.seconds,
+        "cache": settings.data.cache,
         "compiled": device.compile_mode is not None,
     }
-    hours = estimate_hours(whole, data, step, seconds, validation)
+    hours = estimate_hours(whole, data, step, seconds, validation.seconds)
     if hours is not None:
         facts["hours"] = hours
+
+
+def parameter_counts(student: Network, criterion: Criterion) -> dict[str, int]:
+    """Numbers of parameters: deployed, in training, and trained of the student."""
+    count = count_parameters(student, criterion)
+    return {
+        "student": count["student"],
+        "with_training_modules": sum(count.values()),
+        "trained_of_the_student": sum(p.numel() for p in student.parameters() if p.requires_grad),
+    }
 
 
 def estimate_hours(

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from transkd.data import SegmentationDataModule
-from transkd.data.datamodule import collate
 from transkd.losses import Criterion, gradient_statistics
 from transkd.models import Network
 from transkd.outputs import SegmentationOutput
 from transkd.training.device import Device
 from transkd.training.rehearsal import values_on_one_batch
 
-__all__ = ["PeakMemory", "StepTimer", "Tap", "loader_seconds", "taps_and_readers", "term_gradients"]
+__all__ = ["PeakMemory", "StepTimer", "Tap", "ValidationTimer", "loader_seconds", "taps_and_readers", "term_gradients"]
 
-LONGEST = 20.0  # seconds of timed steps, and half of it of a timed loader
+LONGEST = 6.0  # seconds after which no more steps, or batches of the loader, are timed
 
 
 @dataclass
@@ -44,22 +43,24 @@ class Tap:
 
 
 def taps_and_readers(
-    student: Network, teacher: nn.Module | None, criterion: Criterion, data: SegmentationDataModule
+    criterion: Criterion, student: SegmentationOutput, teacher: SegmentationOutput | None, target: Tensor
 ) -> list[Tap]:
-    """Outputs of both networks on the first training image, and the terms that read them.
+    """Outputs of both networks for an image, and the terms that read them.
 
     A term reads an output of the student if its gradient reaches it; terms that are off at first are left out.
+
+    Args:
+        criterion: the terms.
+        student: the student's outputs.
+        teacher: the teacher's.
+        target: the label [B, H, W].
     """
-    image, target, *_ = collate([data.dataset("train")[0]])
-    modes = student.training, criterion.training
+    training = criterion.training
     with torch.random.fork_rng():
-        with torch.no_grad():
-            ours = student.eval()(image)
-            theirs = teacher(image, criterion.needs) if teacher is not None and criterion.needs else None
-        leaves = {name: tensor.detach().float().requires_grad_() for name, tensor in named_outputs(ours).items()}
-        values = criterion.eval()(_with(ours, leaves), theirs, target.long()).values
-    student.train(modes[0]), criterion.train(modes[1])
-    shown = named_outputs(theirs) if theirs is not None else {}
+        leaves = {name: tensor.detach().float().requires_grad_() for name, tensor in named_outputs(student).items()}
+        values = criterion.eval()(_with(student, leaves), teacher, target).values
+    criterion.train(training)
+    shown = named_outputs(teacher) if teacher is not None else {}
     taps = {
         name: Tap(name, _shape(leaves.get(name)), _shape(shown.get(name))) for name in dict.fromkeys([*leaves, *shown])
     }
@@ -106,13 +107,13 @@ def term_gradients(
 def loader_seconds(data: SegmentationDataModule) -> float:
     """Seconds per batch of the training loader, its start left out where an epoch has more than one batch."""
     loader: Any = data.train_dataloader()
-    wanted = 4 * max(1, loader.num_workers) + 1
+    wanted = 2 * max(1, loader.num_workers) + 1
     begin = first = time.perf_counter()
     batches = 0
     for batches, _ in enumerate(loader, start=1):
         if batches == 1:
             first = time.perf_counter()
-        if batches == wanted or time.perf_counter() - first > LONGEST / 2:
+        if batches == wanted or time.perf_counter() - first > LONGEST:
             break
     end = time.perf_counter()
     return (end - first) / (batches - 1) if batches > 1 else end - begin
@@ -139,19 +140,42 @@ class StepTimer(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock."""
-        self.begin = self._now()
+        self.begin = _now(self.memory.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Stop the clock, and the training when there are enough steps."""
-        self.seconds.append(self._now() - self.begin)
+        self.seconds.append(_now(self.memory.device) - self.begin)
         self.peak = self.memory.read()
-        if len(self.seconds) >= self.steps or sum(self.seconds) > LONGEST:
+        if len(self.seconds) >= self.steps or (len(self.seconds) > 1 and sum(self.seconds) > LONGEST):
             trainer.should_stop = True
 
-    def _now(self) -> float:
-        if self.memory.device.kind.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+class ValidationTimer(L.Callback):
+    """Time validation batches, loader included, but its start left out where there is more than one batch."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.marks: list[float] = []
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.marks.append(_now(self.device))
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Read the clock."""
+        self.marks.append(_now(self.device))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds per batch."""
+        marks = self.marks[1:] if len(self.marks) > 2 else self.marks
+        return (marks[-1] - marks[0]) / (len(marks) - 1)
+
+
+def _now(device: Device) -> float:
+    if device.kind.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class PeakMemory:

@@ -80,8 +80,13 @@ def class_problems(
     return problems
 
 
-def rehearse(student: Network, teacher: Network | None, criterion: Criterion, data: SegmentationDataModule) -> None:
+def rehearse(
+    student: Network, teacher: Network | None, criterion: Criterion, data: SegmentationDataModule
+) -> tuple[SegmentationOutput, SegmentationOutput | None, Tensor]:
     """Run one image through networks and terms, to find networks that do not fit each other, a term or the data.
+
+    Returns:
+        The student's and the teacher's outputs, and the label int64 [1, H, W].
 
     Raises:
         UserError: the data is not as its settings say, classes differ, a network does not accept the image's size, or a
@@ -102,10 +107,12 @@ def rehearse(student: Network, teacher: Network | None, criterion: Criterion, da
     parts = [part for part in (student, teacher, criterion) if part is not None]
     modes = [part.training for part in parts]
     with torch.no_grad(), torch.random.fork_rng():
-        ours, theirs = (part and _shown(part.eval(), image) for part in (student, teacher))
+        ours = _shown(student.eval(), image)
+        theirs = None if teacher is None else _shown(teacher.eval(), image)
         criterion.eval()(ours, theirs, target.long())
     for part, mode in zip(parts, modes, strict=True):
         part.train(mode)
+    return ours, theirs, target.long()
 
 
 def warn_of_padding(data: SegmentationDataModule) -> None:
