@@ -5,12 +5,12 @@ import json
 import logging
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from transkd.data import SegmentationDataModule
 from transkd.data.class_weights import ClassCounts, class_weights, count_classes
 from transkd.files import write_atomically
+from transkd.training.process import prepare_data
 
 __all__ = ["fill_class_weights"]
 
@@ -48,8 +48,7 @@ def fill_class_weights(cfg: DictConfig, data: SegmentationDataModule, folder: Pa
     }
     if not ruled:
         return
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        data.prepare_data()
+    prepare_data(data, folder)
     counts = _kept_counts(cfg, data, folder, progress)
     absent = [name for name, count in zip(data.classes.names, counts.pixels, strict=True) if not count]
     if absent:
