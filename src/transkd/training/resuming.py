@@ -5,6 +5,7 @@ import logging
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -267,6 +268,4 @@ def _listed(found: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, dict | list):
-        return "another group"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else shorten(json.dumps(value), 60, placeholder=" …")
