@@ -53,6 +53,8 @@ def call(tmp_path, monkeypatch):
         (["+experiment=nope"], ["experiment/nope", "acdc", "camvid", "demo"]),
         (["student=nope"], ["student/nope", "segformer_b0"]),
         (["trainer.max_epoch=3"], ["trainer.max_epoch", "did you mean max_epochs?", "precision"]),
+        (["-m", "hydra/sweeper=optuna", "seed=0,1"], ["hydra/sweeper/optuna", "basic; more come with Hydra's plugins"]),
+        (["-cn", "evaluate"], ["--config-name evaluate: expected train", "python -m transkd.evaluate"]),
         (["sed=3"], ["sed", "did you mean seed?", "protocol"]),
         (["criterion.terms.csf.wieght=3"], ["wieght", "did you mean weight?"]),
         (["+experiment=acdc"], ["data.root"]),

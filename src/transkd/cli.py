@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from transkd.command.composing import CONF
@@ -41,6 +42,7 @@ def hydra_command(
                 os.environ[FULL] = wish  # for the processes that the job starts
                 try:
                     with jobs.one(cfg):  # Hydra would add a line to the message
+                        _check_config_name(config_name)
                         import_plugins(settings.read(cfg).plugins)
                         main(cfg)
                 finally:
@@ -68,6 +70,13 @@ def plain_command() -> Iterator[None]:
     """Around a command with arguments of its own instead of a configuration: errors and signals in one line, too."""
     with listening(), Jobs(sys.argv[1:], full=os.environ.get(FULL, "0") != "0", composes=False).all():
         yield
+
+
+def _check_config_name(own: str) -> None:
+    """Refuse another command's configuration; one of the user's own, with ``--config-dir``, is none of these."""
+    name = HydraConfig.get().job.config_name
+    if name is not None and name != own and (CONF / f"{name}.yaml").is_file():
+        raise UserError(f"--config-name {name}: expected {own}; {name} is for the command python -m transkd.{name}")
 
 
 def import_plugins(names: Iterable[str]) -> None:

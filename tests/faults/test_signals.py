@@ -87,6 +87,27 @@ def test_while_the_student_is_scored(call, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "student.safetensors").is_file()
 
 
+def test_a_student_of_the_run_that_is_resumed_is_not_taken_for_this_one(call, tmp_path, monkeypatch):
+    student = tmp_path / "run" / "student.safetensors"
+    monkeypatch.setattr("transkd.run.check_arguments", signalling(signal.SIGINT, lambda *_: None))
+    student.parent.mkdir()
+    student.touch()
+    os.utime(student, (0, 0))
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
+    code, line = call("ckpt_path=run")
+    assert (code, line) == (130, f"stopped by SIGINT: go on with ckpt_path={tmp_path}/run/checkpoints/last.ckpt")
+
+
+def test_a_run_of_wandb_that_is_stopped_has_not_succeeded(call, monkeypatch):
+    ended = []
+    wandb = SimpleNamespace(run="one", finish=lambda exit_code: ended.append(exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("transkd.run.check_arguments", signalling(signal.SIGINT, lambda *_: None))
+    assert call()[0] == 130
+    assert ended == [1]
+
+
 def test_a_signal_that_was_swallowed_ends_the_run_at_the_next_batch(call, monkeypatch):
     step = Distiller.training_step
 
@@ -130,9 +151,9 @@ def test_other_processes_of_a_run_end_without_a_handler(monkeypatch):
 
 
 def test_processes_of_a_launcher_end_with_the_command(monkeypatch):
-    monkeypatch.setattr(stopping, "PATIENCE", 0.1)
+    monkeypatch.setattr(stopping, "PATIENCE", 0.5)
     deaf = "trap '' TERM; echo ready; while :; do sleep 0.01; done"
-    procs = [subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE) for script in ("cat", deaf)]
+    procs = [subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE) for script in ("exec sleep 60", deaf)]
     procs[1].stdout.readline()
     launcher = SimpleNamespace(procs=list(procs))
     with stopping.listening():

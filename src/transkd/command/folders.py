@@ -20,6 +20,7 @@ from transkd.settings import plain_name
 __all__ = ["Refusal", "RunFolder", "enter", "rank"]
 
 LOCK = ".lock"
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 TRAINED = ("checkpoints/*.ckpt", "student.safetensors")
 """Files of a training run that are worth keeping; metrics.csv alone is left by one that ended in its first epoch."""
@@ -29,8 +30,8 @@ _held: dict[Path, int] = {}
 
 
 def rank() -> int:
-    """Rank of this process among those of a run, as torchrun and Lightning give it in the environment."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+    """Rank of this process among those of a run, as torchrun, Lightning and SLURM give it in the environment."""
+    return int(next((found for name in RANKS if (found := os.environ.get(name))), 0))
 
 
 class Refusal(BaseException):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from transkd.command.folders import rank
 from transkd.command.stopping import Stopped, end_children, received
 
 __all__ = ["JobFailed", "Jobs"]
+
+CLOCKS = 1.0
+"""Seconds by which the time of a file may lie before that of the process that writes it."""
 
 
 class JobFailed(Exception):  # noqa: N818
@@ -74,23 +78,24 @@ class Jobs:
             SystemExit: the job failed and is the only one, or a signal arrived.
             JobFailed: it failed in a sweep whose launcher is not Hydra's own.
         """
-        folder, sweeps = _folder(cfg), HydraConfig.get().mode == RunMode.MULTIRUN
-        line, self.begun, self.kept = None, True, "the jobs after it did not begin"
+        folder, sweeps, started = _folder(cfg), HydraConfig.get().mode == RunMode.MULTIRUN, time.time()
+        line, done, self.begun, self.kept = "", False, True, "the jobs after it did not begin"
         if folder is not None and rank() == 0:
             (folder / ERROR_FILE).unlink(missing_ok=True)
         try:
             yield
+            done = True
         except BaseException as error:
             end_children()
-            _exit_if_stopped(what_is_kept(cfg), folder)
+            _exit_if_stopped(what_is_kept(cfg, started), folder)
             if not isinstance(error, Exception) or (self.full and not sweeps):
                 raise
             if self.full:
                 traceback.print_exc()
             line = self._line(error, cfg, folder) if _is_first(folder) else ""
         finally:
-            _end_loggers(failed=line is not None)
-        if line is None:
+            _end_loggers(failed=not done)
+        if done:
             return
         if not line:  # another process of the run has said why
             sys.exit(1)
@@ -155,16 +160,22 @@ def _is_first(folder: Path | None) -> bool:
     return True
 
 
-def what_is_kept(cfg: DictConfig) -> str:
-    """Say what of a run is left after a signal, and how to go on."""
+def what_is_kept(cfg: DictConfig, started: float) -> str:
+    """Say what of a run is left after a signal, and how to go on.
+
+    Args:
+        cfg: the configuration.
+        started: time of the start; a student from before is of the run that was resumed.
+    """
     try:
         run_dir, name = Path(OmegaConf.select(cfg, "run_dir") or ""), str(OmegaConf.select(cfg, "name"))
     except Exception:  # the configuration itself is wrong
         return "nothing had begun"
     if "run_dir" not in cfg or "weights" in cfg:
         return "what was written until then is whole"
-    if (run_dir / "student.safetensors").is_file():
-        return f"the student is trained, {run_dir / 'student.safetensors'}; score it with python -m transkd.evaluate"
+    student = run_dir / "student.safetensors"
+    if student.is_file() and student.stat().st_mtime >= started - CLOCKS:
+        return f"the student is trained, {student}; score it with python -m transkd.evaluate"
     last = run_dir / "checkpoints" / "last.ckpt"
     if not last.is_file():
         return "before the first checkpoint, so nothing of this run is kept"
