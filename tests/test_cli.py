@@ -7,6 +7,7 @@ import sys
 import zipfile
 from importlib.metadata import version
 from io import BytesIO
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hydra.errors import MissingConfigException
 from PIL import Image
 from runs import TINY, composed, results
 
-from transkd import evaluate, predict, train
+from transkd import evaluate, predict, replay, train
 from transkd.models import create_segmenter, save_segmenter
 from transkd.run import run
 
@@ -53,6 +54,8 @@ def call(tmp_path, monkeypatch):
         (["+experiment=nope"], ["experiment/nope", "acdc", "camvid", "demo"]),
         (["student=nope"], ["student/nope", "segformer_b0"]),
         (["trainer.max_epoch=3"], ["trainer.max_epoch", "did you mean max_epochs?", "precision"]),
+        (["-m", "hydra/sweeper=optuna", "seed=0,1"], ["hydra/sweeper/optuna", "basic; more come with Hydra's plugins"]),
+        (["-cn", "evaluate"], ["--config-name evaluate: expected train", "python -m transkd.evaluate"]),
         (["sed=3"], ["sed", "did you mean seed?", "protocol"]),
         (["criterion.terms.csf.wieght=3"], ["wieght", "did you mean weight?"]),
         (["+experiment=acdc"], ["data.root"]),
@@ -341,6 +344,16 @@ def test_commands_run_as_modules_from_any_folder(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_replay_answers_as_the_other_commands(call, tmp_path, monkeypatch):
+    assert call(replay, "nowhere").startswith(
+        "error: there is no nowhere: expected the folder of a run that ended with"
+    )
+    for error in (MemoryError(), ZeroDivisionError("0")):
+        monkeypatch.setattr("transkd.training.replaying.replay", mock.Mock(side_effect=error))
+        assert call(replay, "run").startswith(("error: out of memory", "error: a fault of transkd"))
+    assert "ZeroDivisionError" in (tmp_path / "error.txt").read_text()
 
 
 @pytest.mark.slow

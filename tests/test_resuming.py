@@ -139,7 +139,7 @@ def test_a_finished_run_only_scores_again(base, last):
         ("seed=3", r"seed was 0, is 3; data\.seed was 0, is 3\."),
         ("data.batch_size=4", r"data\.batch_size was 2, is 4\."),
         ("student=segformer_b1", r"student\.network\.name was segformer_b0, is segformer_b1"),
-        ("term=[kd]", r"criterion\.terms\.kd was null, is another group"),
+        ("term=[kd]", r"criterion\.terms\.kd was null, is \{.weight.: 1"),
         ("data.train_transform.transforms.1.p=0.1", r"data\.train_transform\.transforms\.1\.p was 0\.5, is 0\.1"),
         ("trainer.precision=bf16-mixed", r"trainer\.precision was auto, is bf16-mixed"),
         ("trainer.accumulate_grad_batches=2", r"trainer\.accumulate_grad_batches was 1, is 2"),
@@ -222,12 +222,22 @@ def test_another_teacher(last):
     check_teacher(found, {"teacher_sha256": "1", "teacher_weights": "moved"}, force=False)
 
 
+def test_the_last_checkpoint_is_not_resumed_into_the_folder_of_another_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = composed(tmp_path, "other", "name=demo", "ckpt_path=last")
+    for file in ("outputs/demo/newest/checkpoints/last.ckpt", "other/student.safetensors"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(UserError, match=r"other holds a run already, whose student\.safetensors would be overwritten"):
+        run(cfg)
+
+
 @pytest.mark.parametrize("place", [0.02, 0.5, 0.9])
 def test_a_flipped_bit_in_a_checkpoint(last, tmp_path, place):
     content = bytearray(last.read_bytes())
     content[int(place * len(content))] ^= 16
     (tmp_path / "last.ckpt").write_bytes(content)
-    with pytest.raises(UserError, match=r"last\.ckpt is damaged \(.*copy it again, or give .*best\.ckpt"):
+    with pytest.raises(UserError, match=r"ckpt_path: .*last\.ckpt is .*damaged.*copy .* again, or give .*best\.ckpt"):
         find_checkpoint(str(tmp_path / "last.ckpt"), "long")
 
 

@@ -7,7 +7,8 @@ import stat
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "check_archive",
     "check_regular_file",
     "is_being_written",
+    "one_at_a_time",
     "read_tensor_file",
     "sha256",
     "tensors_in",
@@ -83,6 +85,17 @@ def _lock(file: IO[bytes]) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other process is in a block under the same file, which is made; no wait where nothing locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        if LOCKS is not None:
+            with suppress(OSError):  # a file system without locks
+                LOCKS.flock(file, LOCKS.LOCK_EX)
+        yield
 
 
 def _umask() -> int:

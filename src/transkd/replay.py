@@ -1,10 +1,9 @@
 """Compute a step again whose loss was not finite: ``python -m transkd.replay outputs/acdc/<run>``."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from transkd.errors import UserError
+from transkd.cli import plain_command
 
 __all__ = ["main"]
 
@@ -15,15 +14,12 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of the run, or its not_finite.pt")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
     arguments = parser.parse_args()
-    import torch  # after the arguments: --help does not wait for it
+    with plain_command():
+        import torch  # after the arguments: --help does not wait for it
 
-    from transkd.training.replaying import replay
+        from transkd.training.replaying import replay
 
-    try:
-        lines = replay(arguments.run, torch.device(arguments.device))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print("\n".join(lines))
+        print("\n".join(replay(arguments.run, torch.device(arguments.device))))
 
 
 if __name__ == "__main__":

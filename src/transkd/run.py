@@ -8,13 +8,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from transkd.arguments import check_arguments
-from transkd.cli import save_resolved
 from transkd.command.folders import enter
 from transkd.data import SegmentationDataModule
 from transkd.errors import UserError
+from transkd.files import write_atomically
 from transkd.losses import Criterion
 from transkd.metrics import Scores
 from transkd.models import Network, merge_lora, save_segmenter
@@ -30,7 +30,7 @@ from transkd.training.device import Device
 from transkd.training.distiller import Distiller
 from transkd.training.fitting import fit
 from transkd.training.history import History
-from transkd.training.process import prepare_process
+from transkd.training.process import prepare_data, prepare_process
 from transkd.training.rehearsal import (
     check_labels,
     check_schedules,
@@ -39,7 +39,7 @@ from transkd.training.rehearsal import (
     rehearse_writing,
     weigh,
 )
-from transkd.training.resuming import check_teacher, prepare_resuming
+from transkd.training.resuming import check_teacher, locate, prepare_resuming
 from transkd.training.scoring import score
 from transkd.training.starting import adapt, freeze_teacher, start_student
 
@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> None:
     settings = TrainSettings.read(cfg)
     check_arguments(cfg)
     build.enter_protocol(settings.protocol, settings.protocols)
-    enter(Path(settings.run_dir), settings.ckpt_path)
+    enter(Path(settings.run_dir), locate(settings.ckpt_path, settings.name))
     checkpoint = prepare_resuming(cfg, settings)
     device = Device.choose(
         settings.trainer.accelerator, settings.compile, settings.channels_last, settings.compile_regions
@@ -178,7 +178,7 @@ def build_parts(cfg: DictConfig, settings: TrainSettings, device: Device) -> Par
     device.lay_out(student, teacher, criterion)
     if getattr(rank_zero_only, "rank", 0) == 0:
         save_resolved(cfg, Path(settings.run_dir) / "config.yaml")
-        data.prepare_data()
+    prepare_data(data, Path(settings.run_dir))
     data.dataset("train"), data.dataset("val")  # raises for missing or wrong data
     check_labels(criterion, data)
     log_sizes(student, criterion, settings.student.lora)
@@ -251,6 +251,11 @@ def fit_teacher(
         save_segmenter(network, path, data.classes, **notes)
     trainer.strategy.barrier("teacher saved")
     log.info("teacher: trained, and stored as %s until it is scored", path)
+
+
+def save_resolved(cfg: DictConfig, path: Path) -> None:
+    """Write a configuration with all interpolations resolved."""
+    write_atomically(path, OmegaConf.to_yaml(cfg, resolve=True).encode())
 
 
 def serialise(transform: Any) -> dict[str, Any] | None:

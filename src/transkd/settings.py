@@ -21,16 +21,30 @@ __all__ = [
     "StudentSettings",
     "TeacherSettings",
     "TrainSettings",
+    "plain_name",
 ]
 
 AUTO_WEIGHT = re.compile(r"auto\((.+)\)")
 
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 """Text; a number from the command line is converted to text."""
+Name = Annotated[Text, AfterValidator(lambda value: plain_name(value))]
+"""Name of an experiment, which is a folder of ``outputs/``."""
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+
+
+def plain_name(value: str) -> str:
+    """Return a name that is one folder, and not a path.
+
+    Raises:
+        ValueError: it is another one; says what is expected.
+    """
+    if value in ("", ".", "..") or not value.isprintable() or {"/", "\\"} & set(value):
+        raise ValueError("a plain name, without / and \\; a run goes to another folder with hydra.run.dir=FOLDER")
+    return value
 
 
 def _has_task(terms: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +216,7 @@ class ProcessSettings(Settings):
 class TrainSettings(ProcessSettings):
     """``python -m transkd.train``."""
 
-    name: Text
+    name: Name
     run_dir: Text
     seed: Count = 0
     protocol: str = "full-res"

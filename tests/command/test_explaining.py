@@ -88,5 +88,12 @@ def test_the_machine_and_lightning(error, parts):
             assert [part for part in parts if part not in found] == []
 
 
+def test_a_process_of_the_run_that_was_killed():
+    gloo = RuntimeError(
+        "[third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [::1]:5: Connection reset by peer"
+    )
+    assert explain(gloo).startswith("another process of this run has ended without a word")
+
+
 def test_a_fault_of_ours_is_not_explained():
     assert explain(ZeroDivisionError("a bug")) is None

@@ -105,3 +105,24 @@ def test_rank_1_does_not_wait_for_ever(monkeypatch):
     monkeypatch.setattr(folders, "PATIENCE", 0.0)
     with pytest.raises(Refusal, match=r"rank 1 did not hear from rank 0"):
         RunFolder().on_run_start(composed())
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "a/b", "'a\\\\b'", "..", "''"])
+def test_a_name_is_no_path(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refusal, match=r"^name=.*: expected a plain name, without / and .*hydra\.run\.dir=FOLDER$"):
+        RunFolder().on_run_start(composed(f"name={name}"))
+    assert not list(tmp_path.iterdir())
+    RunFolder().on_run_start(composed(f"hydra.run.dir={tmp_path / 'elsewhere'}"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [({}, 0), ({"SLURM_PROCID": "3"}, 3), ({"SLURM_PROCID": "3", "LOCAL_RANK": "0"}, 0), ({"RANK": "2"}, 2)],
+)
+def test_the_rank_in_the_environment(monkeypatch, environment, rank):
+    for name in folders.RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert folders.rank() == rank

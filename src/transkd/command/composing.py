@@ -135,7 +135,8 @@ def _unknown_option(error: MissingConfigException) -> str:
     assert found is not None
     group, name = found.groups()
     options = sorted(option for option in _options(error, group) if not option.startswith("_"))
-    return f"unknown {group} {group}/{name}; there are: {', '.join(options)}"
+    more = "; more come with Hydra's plugins, which pip installs" if group.startswith("hydra/") else ""
+    return f"unknown {group} {group}/{name}; there are: {', '.join(options)}{more}"
 
 
 def _options(error: MissingConfigException, group: str) -> Sequence[str]:

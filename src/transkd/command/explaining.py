@@ -19,6 +19,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 WORKER_ENDED = re.compile(r"DataLoader worker .*(?:exited unexpectedly|killed by signal)", re.DOTALL)
+OTHER_ENDED = re.compile(r"(?:closed|reset) by peer|[Bb]roken pipe|remote process exit")
 LIBRARIES = {
     "lightning": "trainer, callbacks, logger",
     "lightning_fabric": "trainer",
@@ -89,6 +90,11 @@ def _machine(error: BaseException) -> str | None:
         return (
             f"a process that reads data ended ({one_line(text, 200)}): mostly too little memory or shared memory; "
             "lower data.num_workers, with 0 the run reads by itself"
+        )
+    if isinstance(error, RuntimeError) and OTHER_ENDED.search(text):
+        return (
+            "another process of this run has ended without a word: mostly killed, for want of memory (the system's log "
+            "says so); lower data.batch_size, data.eval_batch_size or data.num_workers"
         )
     if not isinstance(error, OSError) or error.errno is None or isinstance(error, ConnectionError | TimeoutError):
         return None

@@ -15,10 +15,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from transkd.errors import UserError
+from transkd.settings import plain_name
 
 __all__ = ["Refusal", "RunFolder", "enter", "rank"]
 
 LOCK = ".lock"
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 TRAINED = ("checkpoints/*.ckpt", "student.safetensors")
 """Files of a training run that are worth keeping; metrics.csv alone is left by one that ended in its first epoch."""
@@ -28,8 +30,8 @@ _held: dict[Path, int] = {}
 
 
 def rank() -> int:
-    """Rank of this process among those of a run, as torchrun and Lightning give it in the environment."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+    """Rank of this process among those of a run, as torchrun, Lightning and SLURM give it in the environment."""
+    return int(next((found for name in RANKS if (found := os.environ.get(name))), 0))
 
 
 class Refusal(BaseException):
@@ -44,7 +46,7 @@ class Refusal(BaseException):
         self.error = error
 
 
-def enter(folder: Path, ckpt_path: str | None = None, scores_only: bool = False, jobs: bool = False) -> None:
+def enter(folder: Path, ckpt_path: str | Path | None = None, scores_only: bool = False, jobs: bool = False) -> None:
     """Make the folder of a run and take it for this process, until it ends.
 
     Args:
@@ -91,6 +93,7 @@ class RunFolder(Callback):
 def _choose(config: DictConfig, key: str) -> None:
     times = OmegaConf.get_cache(config)["now"]  # what ${now:…} gave, shared by all that refers to it
     try:
+        _check_name(config)
         if rank() == 0:
             _find_free(config, key, times)
             _tell_others(times)
@@ -98,6 +101,16 @@ def _choose(config: DictConfig, key: str) -> None:
             times.update(_ask_first())
     except Exception as error:
         raise Refusal(error) from error
+
+
+def _check_name(config: DictConfig) -> None:
+    """Check the name before it becomes a folder."""
+    name = OmegaConf.select(config, "name")
+    if isinstance(name, str):
+        try:
+            plain_name(name)
+        except ValueError as error:
+            raise UserError(f"name={name}: expected {error}") from None
 
 
 def _find_free(config: DictConfig, key: str, times: dict[tuple[str, ...], str]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,12 @@ from transkd.command.composing import one_line
 from transkd.command.explaining import explain
 from transkd.command.fault import ERROR_FILE, describe_fault, note_error
 from transkd.command.folders import rank
-from transkd.command.stopping import Stopped, received
+from transkd.command.stopping import Stopped, end_children, received
 
 __all__ = ["JobFailed", "Jobs"]
+
+CLOCKS = 1.0
+"""Seconds by which the time of a file may lie before that of the process that writes it."""
 
 
 class JobFailed(Exception):  # noqa: N818
@@ -31,12 +35,14 @@ class Jobs:
     Args:
         arguments: the command line.
         full: errors keep their traceback.
+        composes: Hydra composes a configuration first; False for a command that has none.
     """
 
-    def __init__(self, arguments: Sequence[str], full: bool = False) -> None:
+    def __init__(self, arguments: Sequence[str], full: bool = False, composes: bool = True) -> None:
         self.arguments = arguments
         self.full = full
-        self.begun = False
+        self.begun = not composes
+        self.kept = "nothing had begun"
         self.failed: list[str] = []
 
     @contextmanager
@@ -57,7 +63,7 @@ class Jobs:
         except SystemExit:
             raise
         except BaseException as error:
-            self._exit_if_stopped("the jobs after it did not begin" if self.begun else "nothing had begun")
+            _exit_if_stopped(self.kept)
             if self.full or not isinstance(error, Exception):
                 raise
             sys.exit(f"error: {self._line(error, None)}")
@@ -72,25 +78,27 @@ class Jobs:
             SystemExit: the job failed and is the only one, or a signal arrived.
             JobFailed: it failed in a sweep whose launcher is not Hydra's own.
         """
-        folder, sweeps = _folder(), HydraConfig.get().mode == RunMode.MULTIRUN
-        line, self.begun = None, True
-        if folder is not None:
+        folder, sweeps, started = _folder(cfg), HydraConfig.get().mode == RunMode.MULTIRUN, time.time()
+        line, done, self.begun, self.kept = "", False, True, "the jobs after it did not begin"
+        if folder is not None and rank() == 0:
             (folder / ERROR_FILE).unlink(missing_ok=True)
         try:
             yield
+            done = True
         except BaseException as error:
-            self._exit_if_stopped(what_is_kept(cfg))
+            end_children()
+            _exit_if_stopped(what_is_kept(cfg, started), folder)
             if not isinstance(error, Exception) or (self.full and not sweeps):
                 raise
             if self.full:
                 traceback.print_exc()
-            line = self._line(error, cfg)
+            line = self._line(error, cfg, folder) if _is_first(folder) else ""
         finally:
-            _end_loggers(failed=line is not None)
-        if line is None:
+            _end_loggers(failed=not done)
+        if done:
             return
-        if folder is not None and not (folder / ERROR_FILE).exists():
-            note_error(line, folder)
+        if not line:  # another process of the run has said why
+            sys.exit(1)
         if not sweeps:
             sys.exit(f"error: {line}")
         named = self._name()
@@ -109,42 +117,65 @@ class Jobs:
         own = [part for part in HydraConfig.get().overrides.task if part.lstrip("+~").partition("=")[0] in sweeps]
         return f"job {HydraConfig.get().job.num} ({' '.join(own)})"
 
-    def _exit_if_stopped(self, what: str) -> None:
-        """End after a signal, whatever exception a library made of it."""
-        signum = received()
-        if signum is not None:
-            if rank() == 0:
-                print(f"{Stopped(signum)}: {what}", file=sys.stderr)
-            sys.exit(128 + signum)
-
-    def _line(self, error: BaseException, cfg: DictConfig | None) -> str:
+    def _line(self, error: BaseException, cfg: DictConfig | None, folder: Path | None = None) -> str:
         line = explain(error, self.arguments)
         if line is None and not self.begun:  # Hydra's own work, or a setting of its own
             line = (
                 f"Hydra does not accept this: {type(error).__name__}: {one_line(error)} (hydra.*, or the command line)"
             )
         if line is None:
-            folder = _folder() if cfg is not None else None
             return describe_fault(error, cfg, [path for path in (folder, Path.cwd()) if path is not None])
+        if folder is not None:
+            note_error(line, folder)
         return line
 
 
-def _folder() -> Path | None:
-    """Folder of the job; None for a command without one, and for all processes of a run but the first."""
+def _exit_if_stopped(what: str, folder: Path | None = None) -> None:
+    """End after a signal, whatever exception a library made of it; say so unless another process has said why."""
+    signum = received()
+    if signum is not None:
+        if folder is None or not (folder / ERROR_FILE).exists():
+            print(f"{Stopped(signum)}: {what}", file=sys.stderr)
+        sys.exit(128 + signum)
+
+
+def _folder(cfg: DictConfig) -> Path | None:
+    """Folder of the job, the same for all processes of a run; None for a command without one."""
     hydra = HydraConfig.get()
-    return Path(hydra.runtime.output_dir) if hydra.output_subdir is not None and rank() == 0 else None
+    if rank() > 0:  # Lightning starts it without Hydra's output_subdir
+        return Path(cfg.run_dir) if "run_dir" in cfg else None
+    return Path(hydra.runtime.output_dir) if hydra.output_subdir is not None else None
 
 
-def what_is_kept(cfg: DictConfig) -> str:
-    """Say what of a run is left after a signal, and how to go on."""
+def _is_first(folder: Path | None) -> bool:
+    """Whether this process is the first one of its run that fails; the others fail because it has gone."""
+    if folder is None:
+        return True
+    try:
+        (folder / ERROR_FILE).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk: every process says what it knows
+        return True
+    return True
+
+
+def what_is_kept(cfg: DictConfig, started: float) -> str:
+    """Say what of a run is left after a signal, and how to go on.
+
+    Args:
+        cfg: the configuration.
+        started: time of the start; a student from before is of the run that was resumed.
+    """
     try:
         run_dir, name = Path(OmegaConf.select(cfg, "run_dir") or ""), str(OmegaConf.select(cfg, "name"))
     except Exception:  # the configuration itself is wrong
         return "nothing had begun"
     if "run_dir" not in cfg or "weights" in cfg:
         return "what was written until then is whole"
-    if (run_dir / "student.safetensors").is_file():
-        return f"the student is trained, {run_dir / 'student.safetensors'}; score it with python -m transkd.evaluate"
+    student = run_dir / "student.safetensors"
+    if student.is_file() and student.stat().st_mtime >= started - CLOCKS:
+        return f"the student is trained, {student}; score it with python -m transkd.evaluate"
     last = run_dir / "checkpoints" / "last.ckpt"
     if not last.is_file():
         return "before the first checkpoint, so nothing of this run is kept"

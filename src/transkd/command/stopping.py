@@ -2,14 +2,23 @@
 
 import os
 import signal
+import subprocess
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-__all__ = ["Stopped", "again", "listening", "received", "takes_along"]
+from transkd.command.folders import rank
+
+__all__ = ["Stopped", "again", "end_children", "listening", "received", "takes_along"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME = 1.0
+"""Seconds in which a second signal counts as the first: torchrun passes on the Ctrl-C that the terminal sent to all."""
+PATIENCE = 5.0
+"""Seconds that a process started by a launcher has to end."""
 
 
 class Stopped(BaseException):
@@ -25,23 +34,25 @@ class Stopped(BaseException):
 
 
 class _State:
-    """The process that listens, the signal it got, and what else has to end."""
+    """The process that listens, the signal it got and when, and what may have started other processes of the run."""
 
     owner: int | None = None
     signum: int | None = None
-    others: Callable[[int], object] | None = None
+    since = 0.0
+    launchers: tuple[Any, ...] = ()
 
 
 @contextmanager
 def listening() -> Iterator[None]:
     """Raise ``Stopped`` at the first SIGINT or SIGTERM; a second one ends the process at once.
 
-    A signal that the caller ignores (SIGINT under nohup or in the background) stays ignored.
+    A signal that the caller ignores (SIGINT under nohup or in the background) stays ignored. Processes of a run other
+    than the first have nothing to save and end at once, also inside a collective, which runs no handler of Python.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.owner, _State.signum, _State.others = os.getpid(), None, None
+    _State.owner, _State.signum, _State.launchers = os.getpid(), None, ()
     before = {number: signal.getsignal(number) for number in SIGNALS}
     again()
     try:
@@ -57,12 +68,28 @@ def again() -> None:
     if _State.owner == os.getpid():
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, _handle)
+                signal.signal(number, _handle if rank() == 0 else signal.SIG_DFL)
 
 
-def takes_along(others: Callable[[int], object]) -> None:
-    """Pass the signal on to processes that this one started: ``others(signum)``."""
-    _State.others = others
+def takes_along(launcher: Any) -> None:
+    """Remember a launcher of Lightning: ``end_children`` ends the processes in its list ``procs``."""
+    _State.launchers += (launcher,)
+
+
+def end_children() -> None:
+    """End the processes that launchers started, since a process in a collective would wait for this one for ever."""
+    started = [getattr(launcher, "procs", []) for launcher in _State.launchers]
+    children = [child for part in started for child in part if isinstance(child, subprocess.Popen)]
+    for part in started:
+        part.clear()  # Lightning watches this list, and would end this process with SIGKILL
+    for child in children:
+        child.terminate()
+    for child in children:
+        try:
+            child.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def received() -> int | None:
@@ -76,10 +103,11 @@ def _handle(signum: int, frame: FrameType | None) -> None:
             _end(signum)
         return
     if _State.signum is not None:
+        if time.monotonic() - _State.since < SAME:
+            return
+        end_children()
         _end(signum)
-    _State.signum = signum
-    if _State.others is not None:
-        _State.others(signum)
+    _State.signum, _State.since = signum, time.monotonic()
     raise Stopped(signum)
 
 

@@ -1,5 +1,6 @@
 """Bilinear upsampling of maps, with a fast gradient per device, and of logits to class ids."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -53,7 +54,8 @@ def add_upsampled(total: Tensor, maps: Tensor) -> None:
     size = total.shape[-2:]
     requires_grad = torch.is_grad_enabled() and (total.requires_grad or maps.requires_grad)
     if requires_grad or total.device.type != "cpu" or torch.compiler.is_compiling():
-        with torch.autocast(total.device.type, enabled=False):  # which would widen the maps to float32 on a GPU
+        widens = total.device.type == "cuda" and torch.is_autocast_enabled("cuda")  # the maps to float32
+        with torch.autocast("cuda", enabled=False) if widens else contextlib.nullcontext():
             total += upsampled(maps, size)
         return
     channels = max(32, AT_ONCE // max(1, total[:, 0].numel()))

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from transkd.command.stopping import takes_along
 from transkd.data import SegmentationDataModule
 from transkd.errors import UserError
 from transkd.losses import Criterion
@@ -201,6 +202,8 @@ def build_trainer(cfg: DictConfig, **changes: Any) -> L.Trainer:
     if not isinstance(trainer, L.Trainer):
         raise UserError(f"trainer._target_={cfg.trainer.get('_target_')}: expected lightning.Trainer")
     check_processes(trainer, cfg.trainer.get("sync_batchnorm", False))
+    if trainer.strategy.launcher is not None:
+        takes_along(trainer.strategy.launcher)
     return trainer
 
 

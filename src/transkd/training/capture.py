@@ -80,9 +80,11 @@ def read_capture(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is another file.
     """
-    file = path / CAPTURE if path.is_dir() else path
+    file = path
+    if path.is_dir():  # of several processes each has a file of its own, and perhaps one alone has any
+        file = min(path.glob(CAPTURE.replace(".pt", "*.pt")), default=path / CAPTURE)
     if not file.is_file():
-        raise UserError(f"there is no {file}: expected the folder of a run that a loss ended which was not finite")
+        raise UserError(f"there is no {file}: expected the folder of a run that ended with a loss that was not finite")
     content, _ = read_tensor_file(file)
     if not isinstance(content, Mapping) or not {"part", "batch", "values", "weights"} <= content.keys():
         raise UserError(f"{file} is not the {CAPTURE} of a run")

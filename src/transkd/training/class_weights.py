@@ -5,12 +5,11 @@ import json
 import logging
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from transkd.data import SegmentationDataModule
 from transkd.data.class_weights import ClassCounts, class_weights, count_classes
-from transkd.files import write_atomically
+from transkd.files import one_at_a_time, write_atomically
 
 __all__ = ["fill_class_weights"]
 
@@ -53,7 +52,7 @@ def fill_class_weights(cfg: DictConfig, data: SegmentationDataModule, folder: Pa
     }
     if not ruled:
         return
-    if getattr(rank_zero_only, "rank", 0) == 0:
+    with one_at_a_time(folder / ".data.lock"):
         data.generate()
     counts = _kept_counts(cfg, data, folder, progress)
     absent = [name for name, count in zip(data.classes.names, counts.pixels, strict=True) if not count]

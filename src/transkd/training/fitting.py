@@ -33,8 +33,9 @@ def fit(
         deployed: file for the student if an epoch is trained but its validation fails.
 
     Raises:
-        UserError: no step was taken, or the checkpoint is of a run with other settings.
+        UserError: there are more processes than images, no step was taken, or the checkpoint is of another run.
     """
+    _check_shares(trainer, data)
     path = None if checkpoint is None else checkpoint.path
     try:
         trainer.fit(distiller, datamodule=data, ckpt_path=path)
@@ -54,6 +55,17 @@ def fit(
             "no step was taken, so there is nothing to save: expected at least one training batch in an epoch; check "
             "trainer.limit_train_batches, trainer.max_steps, trainer.max_time and data.batch_size"
         )
+
+
+def _check_shares(trainer: L.Trainer, data: SegmentationDataModule) -> None:
+    """Check that each process has an image of each split."""
+    for split in ("train", "val"):
+        count = len(data.dataset(split))
+        if count < trainer.world_size:
+            raise UserError(
+                f"the split {split} has {count} images for {trainer.world_size} processes, each of which needs one; "
+                "lower trainer.devices or trainer.num_nodes"
+            )
 
 
 def _rescue(trainer: L.Trainer, distiller: Distiller, deployed: Path | None) -> str:

@@ -3,18 +3,21 @@
 import logging
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
 from transkd.command.folders import TORCHRUN, rank
-from transkd.command.stopping import Stopped, again, received, takes_along
+from transkd.command.stopping import Stopped, again, received
+from transkd.data import SegmentationDataModule
 from transkd.errors import UserError
+from transkd.files import one_at_a_time
 from transkd.training.cpu_choices import choose_layers
 from transkd.training.memory import keep_freed_memory
 
-__all__ = ["EndOnSignal", "check_processes", "prepare_process"]
+__all__ = ["EndOnSignal", "check_processes", "prepare_data", "prepare_process"]
 
 # Lightning's warnings that do not apply here
 SILENCED = (
@@ -45,6 +48,12 @@ def prepare_process(keep_memory: bool, kind: torch.device) -> None:
         choose_layers()
 
 
+def prepare_data(data: SegmentationDataModule, run_dir: Path) -> None:
+    """Write what is missing of the data, in one process after the other: those of torchrun all begin at once."""
+    with one_at_a_time(run_dir / ".data.lock"):
+        data.prepare_data()
+
+
 def check_processes(trainer: L.Trainer, sync_batchnorm: bool = False) -> None:
     """Check that the Trainer has as many processes as torchrun started, on devices that can do what is asked.
 
@@ -63,16 +72,13 @@ def check_processes(trainer: L.Trainer, sync_batchnorm: bool = False) -> None:
 
 
 class EndOnSignal(L.Callback):
-    """End at the first SIGINT or SIGTERM, with the processes that Lightning started.
+    """End at the first SIGINT or SIGTERM.
 
     Lightning's own handler of SIGTERM waits for the other processes inside the handler; the command's takes its place.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the command's handlers."""
-        launcher = trainer.strategy.launcher
-        if launcher is not None:
-            takes_along(launcher.kill)
         again()
 
     on_validation_start = on_train_start

@@ -6,10 +6,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from transkd.cli import import_plugins
+from transkd.command.yaml_files import load_config
 from transkd.errors import UserError
 from transkd.losses import Criterion
 from transkd.models import Network, add_lora
@@ -59,9 +60,7 @@ def replay(path: Path, device: torch.device | None = None) -> list[str]:
 def _configuration(file: Path) -> DictConfig:
     if not file.is_file():
         raise UserError(f"there is no {file}, which says how the networks of the run were built")
-    cfg = OmegaConf.load(file)
-    assert isinstance(cfg, DictConfig)
-    return cfg
+    return load_config(file)
 
 
 def _rebuild(cfg: DictConfig, captured: Mapping[str, Any]) -> tuple[Network, Criterion]:

@@ -5,16 +5,18 @@ import logging
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from transkd.command.yaml_files import load_config
 from transkd.errors import UserError
 from transkd.files import read_tensor_file
 from transkd.models.storage.card import CARD
 from transkd.settings import TrainerSettings, TrainSettings
-from transkd.training.leftovers import remove_leftovers
+from transkd.training.leftovers import remove_leftovers, runs_of
 
 __all__ = [
     "Checkpoint",
@@ -23,6 +25,7 @@ __all__ = [
     "check_teacher",
     "differences",
     "find_checkpoint",
+    "locate",
     "prepare_resuming",
 ]
 
@@ -73,15 +76,33 @@ def prepare_resuming(cfg: DictConfig, settings: TrainSettings) -> Checkpoint | N
         UserError: there is no such checkpoint, it is damaged or longer than the run, or of a run with other settings.
     """
     checkpoint = find_checkpoint(settings.ckpt_path, settings.name)
-    folders = {Path(settings.run_dir).absolute().parent}
+    runs = [Path(settings.run_dir), *runs_of(settings.name)]
     if checkpoint is not None:
-        folders.add(checkpoint.path.absolute().parents[2])
+        runs.append(checkpoint.path.absolute().parents[1])
         check_settings(cfg, checkpoint, settings.resume == "force")
         check_length(checkpoint, settings.trainer)
     if getattr(rank_zero_only, "rank", 0) == 0:
-        for folder in folders:
-            remove_leftovers(folder)
+        for run in runs:
+            remove_leftovers(run)
     return checkpoint
+
+
+def locate(ckpt_path: str | None, experiment: str) -> Path | None:
+    """Return the file that ``ckpt_path`` names: itself, a run's last one, or for ``last`` that of the newest run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if ckpt_path is None:
+        return None
+    path = _newest(experiment) if ckpt_path == "last" else Path(ckpt_path)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise UserError(
+            f"ckpt_path={ckpt_path}: there is no file {path}; expected a checkpoint, the folder of a run, or last"
+        )
+    return path
 
 
 def find_checkpoint(ckpt_path: str | None, experiment: str) -> Checkpoint | None:
@@ -94,17 +115,19 @@ def find_checkpoint(ckpt_path: str | None, experiment: str) -> Checkpoint | None
     Raises:
         UserError: there is none, it is damaged, or the file is not a checkpoint of a run.
     """
-    if ckpt_path is None:
+    path = locate(ckpt_path, experiment)
+    if path is None:
         return None
-    path = _newest(experiment) if ckpt_path == "last" else Path(ckpt_path)
-    if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    if not path.is_file():
+    if not zipfile.is_zipfile(path):
         raise UserError(
-            f"ckpt_path={ckpt_path}: there is no file {path}; expected a checkpoint, the folder of a run, or last"
+            f"ckpt_path={path} is no checkpoint of a run, or only a part of one; give another checkpoint, or start "
+            f"from weights with student.weights={path}"
         )
-    _check_whole(path)
-    content, _ = read_tensor_file(path)
+    try:
+        content, _ = read_tensor_file(path)
+    except UserError as error:
+        other = path.with_name("best.ckpt")
+        raise UserError(f"ckpt_path: {error}, or give another checkpoint of the run, such as {other}") from error
     absent = [key for key in NEEDED if not isinstance(content, Mapping) or key not in content]
     if absent:
         raise UserError(
@@ -121,25 +144,6 @@ def _newest(experiment: str) -> Path:
     if not found:
         raise UserError(f"ckpt_path=last: no checkpoints/last.ckpt in any run under {folder.absolute()}")
     return found[-1]
-
-
-def _check_whole(path: Path) -> None:
-    """Compare the checksums of an archive's parts, which torch.load does not look at."""
-    if not zipfile.is_zipfile(path):
-        raise UserError(
-            f"ckpt_path={path} is no checkpoint of a run, or only a part of one; give another checkpoint, or start "
-            f"from weights with student.weights={path}"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except Exception as error:  # a flipped bit in a header raises various types
-        broken = str(error)
-    if broken is not None:
-        raise UserError(
-            f"ckpt_path={path} is damaged ({broken} does not have its checksum): copy it again, or give another "
-            f"checkpoint of the run, such as {path.with_name('best.ckpt')}"
-        )
 
 
 def check_length(checkpoint: Checkpoint, trainer: TrainerSettings) -> None:
@@ -174,8 +178,7 @@ def check_settings(cfg: DictConfig, checkpoint: Checkpoint, force: bool) -> None
     """
     file = checkpoint.path.absolute().parents[1] / "config.yaml"
     try:
-        earlier = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-        assert isinstance(earlier, dict)
+        earlier: Any = OmegaConf.to_container(load_config(file), resolve=True)
     except FileNotFoundError:
         log.warning("resuming: there is no %s, so the settings are not compared with those of that run", file)
         return
@@ -265,6 +268,4 @@ def _listed(found: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, dict | list):
-        return "another group"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else shorten(json.dumps(value), 60, placeholder=" …")
