@@ -88,10 +88,12 @@ def resize_gradient(gradient: Tensor, size: Sequence[int]) -> Tensor:
         tensor([[[[2., 2.]]]])
     """
     batch, channels, height, width = gradient.shape
+    # asked for before autocast is off: in there torch.compile would leave it off for what follows the upsampling
+    channels_last = gradient.is_contiguous(memory_format=torch.channels_last) and not gradient.is_contiguous()
     with torch.autocast(gradient.device.type, enabled=False):
         rows = resize_matrix(size[0], height, gradient).T
         columns = resize_matrix(size[1], width, gradient)
-        if gradient.is_contiguous(memory_format=torch.channels_last) and not gradient.is_contiguous():
+        if channels_last:
             maps = gradient.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
             maps = rows.expand(batch, -1, -1).bmm(maps).view(batch * size[0], width, channels)
             maps = columns.T.expand(len(maps), -1, -1).bmm(maps)
