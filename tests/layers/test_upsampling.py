@@ -127,3 +127,18 @@ def test_autocast_leaves_the_products_as_precise_as_the_gradient(monkeypatch):
     expected = resize_gradient(upstream, (6, 8))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(resize_gradient(upstream, (6, 8)), expected)
+
+
+def test_autocast_is_on_again_behind_a_compiled_gradient(monkeypatch):
+    """A layer behind it must be traced in half precision."""
+    monkeypatch.setattr(upsampling, "products_pay", lambda maps: True)  # as on a GPU
+    layer, maps = torch.nn.Conv2d(3, 3, 1), torch.rand(1, 3, 4, 6)
+
+    def head(maps):
+        return layer(upsampled(layer(maps), (8, 12))), torch.is_autocast_enabled("cpu")
+
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, enabled = torch.compile(head, backend="eager", fullgraph=True)(maps)
+        torch.testing.assert_close(logits, head(maps)[0])
+    torch.compiler.reset()
+    assert enabled
