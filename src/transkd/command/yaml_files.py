@@ -11,6 +11,8 @@ from transkd.errors import UserError
 __all__ = ["check_config_files", "load_config"]
 
 OPTIONS = ("--config-dir", "-cd", "--config-path", "-cp")
+DEPTHS = ("*.yaml", "*/*.yaml", "*/*/*.yaml")
+"""Files of a group and of a group within; the folder may be the one that holds the data too."""
 MOST = 100_000
 """Values of one file with all aliases expanded; the largest configuration of a run has some hundreds."""
 
@@ -24,7 +26,8 @@ def check_config_files(arguments: Sequence[str]) -> None:
     for part, following in zip(arguments, [*arguments[1:], ""], strict=True):
         option, equals, value = part.partition("=")
         if option in OPTIONS:
-            for path in sorted(Path(value if equals else following).glob("**/*.yaml")):
+            folder = Path(value if equals else following)
+            for path in sorted(path for depth in DEPTHS for path in folder.glob(depth)):
                 _check_size(path)
 
 
