@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from transkd.cli import CONF
+from transkd.run import run
+from transkd.training.distiller import Distiller
 
 TINY = [
     "+experiment=demo",
@@ -48,6 +51,24 @@ def results(root: Path, run: str) -> dict:
 
 def student(root: Path, run: str) -> dict[str, torch.Tensor]:
     return load_file(root / run / "student.safetensors")
+
+
+def run_until_killed(cfg, epoch: int, monkeypatch) -> None:
+    """Run a configuration whose training dies in the first step of an epoch."""
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def dies(self, batch, batch_idx):
+        if self.current_epoch == epoch:
+            raise Killed
+        return step(self, batch, batch_idx)
+
+    step = Distiller.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "training_step", dies)
+        with pytest.raises(Killed):
+            run(cfg)
 
 
 def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 from hydra.utils import instantiate
-from runs import assert_identical, composed, results, student
+from runs import assert_identical, composed, results, run_until_killed, student
 
 from transkd.errors import UserError
 from transkd.models import FrozenTeacher, load_segmenter
@@ -75,20 +75,7 @@ def test_automatic_weights_are_saved_and_reused(root, monkeypatch):
     run(composed(root, "undisturbed", *SHORT, *auto))
     weight = results(root, "undisturbed")["terms"]["cwd"]
     assert 0 < weight < float("inf")
-
-    class Killed(Exception):  # noqa: N818
-        pass
-
-    def dies(self, batch, batch_idx):
-        if self.current_epoch == 3:
-            raise Killed
-        return step(self, batch, batch_idx)
-
-    step = Distiller.training_step
-    with monkeypatch.context() as patch:
-        patch.setattr(Distiller, "training_step", dies)
-        with pytest.raises(Killed):
-            run(composed(root, "killed", *SHORT, *auto))
+    run_until_killed(composed(root, "killed", *SHORT, *auto), 3, monkeypatch)
     run(composed(root, "resumed", *SHORT, *auto, f"ckpt_path={root / 'killed/checkpoints/last.ckpt'}"))
     assert results(root, "resumed")["terms"]["cwd"] == weight
     assert_identical(student(root, "undisturbed"), student(root, "resumed"))

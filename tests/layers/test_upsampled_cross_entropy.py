@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from band_ways import take_way
 from largest import Largest
 from memory import peak_memory
 from torch.utils.checkpoint import checkpoint
@@ -33,11 +34,7 @@ def plain(logits, target, weights):
 @pytest.fixture(params=["bands of a CPU", "of a CPU, many", "of a GPU", "of a GPU, many"])
 def way(request, monkeypatch):
     """Of computing it, each of them here."""
-    if "GPU" in request.param:
-        monkeypatch.setattr(bands, "products_pay", lambda maps: True)
-    if "many" in request.param:
-        monkeypatch.setattr(bands, "AT_ONCE", 1000)
-        monkeypatch.setattr(bands, "AT_ONCE_ON_GPU", 3000)
+    take_way(request.param, monkeypatch)
     return request.param
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from band_ways import take_way
 from largest import Largest
 from memory import peak_memory
 
@@ -79,11 +80,7 @@ def drawn(small=(6, 8), large=(24, 32), easy=False, dtype=torch.float64):
 
 @pytest.fixture(params=["bands of a CPU", "of a CPU, many", "of a GPU, many"])
 def way(request, monkeypatch):
-    if "GPU" in request.param:
-        monkeypatch.setattr(bands, "products_pay", lambda maps: True)
-    if "many" in request.param:
-        monkeypatch.setattr(bands, "AT_ONCE", 1000)
-        monkeypatch.setattr(bands, "AT_ONCE_ON_GPU", 3000)
+    take_way(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS])

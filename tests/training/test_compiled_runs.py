@@ -4,12 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
-from runs import composed, results, student
+from runs import composed, results, run_until_killed, student
 from torch import nn
 
 from transkd.run import run
 from transkd.training import device
-from transkd.training.distiller import Distiller
 
 SHORT = [
     "pictures=0",
@@ -70,20 +69,8 @@ def test_a_compiled_run_is_the_eager_run(root, compiled, case):
 
 @pytest.mark.slow
 def test_a_compiled_run_resumes_and_is_the_eager_run(root, compiled, monkeypatch):
-    class Killed(Exception):  # noqa: N818
-        pass
-
-    def dies(self, batch, batch_idx):
-        if self.current_epoch == 1:
-            raise Killed
-        return step(self, batch, batch_idx)
-
-    step = Distiller.training_step
     run(composed(root, "undisturbed", *SHORT, "name=resumes", "compile=false"))
-    with monkeypatch.context() as patch:
-        patch.setattr(Distiller, "training_step", dies)
-        with pytest.raises(Killed):
-            run(composed(root, "killed", *SHORT, "name=resumes", "compile=true"))
+    run_until_killed(composed(root, "killed", *SHORT, "name=resumes", "compile=true"), 1, monkeypatch)
     last = root / "killed/checkpoints/last.ckpt"
     run(composed(root, "resumed", *SHORT, "name=resumes", "compile=true", f"ckpt_path={last}"))
     assert_equal(root, "undisturbed", "resumed")
