@@ -4,12 +4,11 @@ import logging
 
 import pytest
 import torch
-from runs import assert_identical, composed, results, student
+from runs import assert_identical, composed, results, run_until_killed, student
 
 from transkd.errors import UserError
 from transkd.models import create_segmenter, load_segmenter, save_segmenter
 from transkd.run import run
-from transkd.training.distiller import Distiller
 
 RANK = 4
 DEPTHS = (1, 2, 1, 1)  # of the student; the teacher has 2 blocks in each stage
@@ -77,24 +76,10 @@ def test_the_checkpoint_holds_the_terms_and_loads_as_plain_weights(root, finishe
     assert_identical({name: tensor for name, tensor in student(root, "on").items() if name in kept}, kept)
 
 
-class Killed(Exception):  # noqa: N818
-    """Stands for the end of the process."""
-
-
 def test_resuming_after_a_kill_gives_the_undisturbed_weights(root, finished, teacher, monkeypatch):
-    step = Distiller.training_step
-
-    def dies(self, batch, batch_idx):
-        if self.current_epoch == 2:
-            raise Killed
-        return step(self, batch, batch_idx)
-
     monkeypatch.chdir(root)
     settings = [*SHORT, teacher, "trainer.max_epochs=4", "name=resumed"]
-    monkeypatch.setattr(Distiller, "training_step", dies)
-    with pytest.raises(Killed):
-        run(composed(root, "outputs/resumed/killed", *settings))
-    monkeypatch.setattr(Distiller, "training_step", step)
+    run_until_killed(composed(root, "outputs/resumed/killed", *settings), 2, monkeypatch)
     run(composed(root, "outputs/resumed/second", *settings, "ckpt_path=last"))
     assert results(root, "outputs/resumed/second")["resumed_from"].endswith("killed/checkpoints/last.ckpt")
     assert_identical(student(root, "finished"), student(root, "outputs/resumed/second"))
