@@ -149,7 +149,7 @@ REFUSED = {
 @pytest.mark.parametrize("transform", REFUSED.values(), ids=REFUSED)
 def test_what_loses_pixels_or_distorts_is_refused(transform):
     with pytest.raises(UserError, match=r"data\.eval_transform cannot be undone: .*protocol=input-res") as error:
-        ImageTransform(A.Compose([transform]))(smooth(0))
+        ImageTransform(A.Compose([transform], seed=0))(smooth(0))  # a shuffle may leave every part in its place
     assert "\n" not in str(error.value)
 
 
