@@ -7,9 +7,8 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before anything import
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small_data import write_pair
 
-SIZE = (24, 32)  # of every fixture image, H × W
 SPLITS = {"train": 4, "val": 3}
 
 torch.set_num_threads(1)
@@ -25,16 +24,6 @@ def same_layers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transkd.training.process.choose_layers", lambda: None)
         yield
-
-
-def write_pair(image, label, values, rng):
-    """Write random pixels and a label in which every one of `values` occurs."""
-    height, width = SIZE
-    ids = rng.choice(np.array(values, dtype=np.uint8), size=SIZE)
-    ids.flat[: len(values)] = values
-    for path, pixels in ((image, rng.integers(0, 256, (height, width, 3), dtype=np.uint8)), (label, ids)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture

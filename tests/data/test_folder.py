@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_pair
 from documents import text, write_files
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from small_data import write_pair
 from test_reading import save
 
 from transkd.arguments import check_arguments
