@@ -124,6 +124,14 @@ def test_ohem_pixel_by_pixel(pair, threshold, min_share, weights):
     assert value.item() == pytest.approx((share * losses[chosen]).sum() / share.sum(), rel=1e-5)
 
 
+@pytest.mark.parametrize("min_share", [0.15, 0.3, 0.6])
+def test_a_share_whose_product_with_the_pixels_is_rounded_up(min_share):
+    """In float32 0.3 · 100 is just above 30; all 100 pixels are valid, and equally easy."""
+    logits = torch.tensor([[5.0], [0.0]]).expand(2, 100)
+    value = TaskOHEM(min_share=min_share)(output(logits), None, torch.zeros(1, 1, 100, dtype=torch.int64))
+    assert value.item() == pytest.approx(math.log1p(math.exp(-5)), rel=1e-4)
+
+
 def test_easy_pixels_get_no_gradient():
     logits = torch.tensor([[3.0, 0.1], [0.0, 0.0]]).requires_grad_()
     TaskOHEM()(output(logits), None, torch.zeros(1, 1, 2, dtype=torch.int64)).backward()

@@ -17,8 +17,9 @@ import transkd.check
 from transkd.cli import CONF
 from transkd.losses import Criterion, TaskCrossEntropy
 from transkd.models import create_segmenter
+from transkd.training.build import build_side_trainer
 from transkd.training.checking import Findings, check
-from transkd.training.costs import estimate_hours
+from transkd.training.costs import ONE_DEVICE, estimate_hours
 from transkd.training.device import Device
 from transkd.training.probing import PeakMemory, ValidationTimer, taps_and_readers, term_gradients
 
@@ -31,7 +32,9 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def good(root):
     """The findings of a run that would work."""
-    return check(composed(root, "good", "distill=transkd_base", f"data.cache={root / 'frames'}", config="check"))
+    least = ["+trainer.min_epochs=2", "+trainer.min_steps=8"]  # of the run, not of the check
+    cache = f"data.cache={root / 'frames'}"
+    return check(composed(root, "good", "distill=transkd_base", cache, *least, config="check"))
 
 
 def test_a_good_run_has_no_problem(good):
@@ -65,6 +68,7 @@ def test_what_it_measures(good):
     assert good.facts["memory"]["bytes"] > 10**8
     assert good.facts["memory"]["batch_size"] == 2
     assert good.facts["speed"]["step_seconds"] > 0
+    assert good.facts["speed"]["steps_timed"] <= 2  # of three, the first as warm-up
     assert good.facts["speed"]["loader_images_per_second"] > 0
     assert good.facts["hours"] > 0
 
@@ -113,6 +117,11 @@ def test_a_crop_in_the_validation_transform_is_one_line(root, good):
     (line,) = check(composed(root, "crop", "distill=none", transform, config="check")).problems
     assert line.startswith("data.eval_transform cannot be undone: it cuts off pixels of the image")
     assert "protocol=input-res" in line
+
+
+def test_measurements_wait_for_no_other_machine(root):
+    cfg = composed(root, "nodes", "+trainer.num_nodes=2", config="check")
+    assert build_side_trainer(cfg, **ONE_DEVICE).world_size == 1
 
 
 def test_time_of_validation_batches_without_the_start_of_the_loader():

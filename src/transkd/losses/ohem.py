@@ -76,11 +76,13 @@ class TaskOHEM(nn.Module):
         losses = logits.new_empty(target.shape)  # −1 where labels are ignored: below every other
         over_bands(_keep_losses, logits, target, torch.ones_like(weights), IGNORE, maps=[losses])
         limit = losses.new_full((1,), -math.log(self.threshold))
-        count = (self.min_share * (losses >= 0).sum()).ceil().long().clamp_min(1)
+        most = max(1, math.ceil(self.min_share * losses.numel()))
+        # clamp: the product is in float32, and its ceiling may be one too many
+        count = (self.min_share * (losses >= 0).sum()).ceil().long().clamp(1, most)
         # only a CPU looks whether that is enough: a GPU would have to wait, so no size depends on values
         on_cpu = losses.device.type == "cpu" and not torch.compiler.is_compiling()
         if not (on_cpu and (losses >= limit).sum() >= count):
-            hardest = losses.flatten().topk(max(1, math.ceil(self.min_share * losses.numel()))).values
+            hardest = losses.flatten().topk(most).values
             limit = hardest.gather(0, count[None] - 1).minimum(limit)
         return upsampled_cross_entropy(logits, target.masked_fill(losses < limit, IGNORE), weights, IGNORE)
 

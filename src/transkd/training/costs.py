@@ -22,7 +22,7 @@ from transkd.training.scoring import score
 
 __all__ = ["estimate_hours", "measure_costs", "without_workers"]
 
-ONE_DEVICE: dict[str, Any] = {"devices": 1, "strategy": "auto"}
+ONE_DEVICE: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 """Arguments of Lightning's Trainer for measurements in this process."""
 
 
@@ -69,6 +69,7 @@ def measure_costs(
         gradients_every=settings.gradients_every,
     )  # fmt: skip
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0, **ONE_DEVICE}
+    options |= {"min_epochs": None, "min_steps": None}  # the timer stops the training, however long the run has to be
     quiet = build.build_trainer(cfg, callbacks=[timer], enable_progress_bar=False, **options)
     with without_workers(data):
         fit(quiet, distiller, data)
