@@ -225,6 +225,7 @@ def test_hours():
         accumulate_grad_batches=2,
         world_size=2,
         check_val_every_n_epoch=2,
+        val_check_interval=1.0,
         limit_train_batches=1.0,
         limit_val_batches=1.0,
     )
@@ -234,6 +235,10 @@ def test_hours():
     trainer.limit_train_batches, trainer.limit_val_batches = 10, 0.5
     assert estimate_hours(trainer, data, 2.0, 3.0, 5.0) == pytest.approx((9 * 10 * 5 + 4 * 1 * 5) / 3600)
     trainer.max_steps = 20  # of two batches: four epochs
+    assert estimate_hours(trainer, data, 2.0, 3.0, 5.0) == pytest.approx((4 * 10 * 5 + 2 * 1 * 5) / 3600)
+    trainer.val_check_interval = 0.5  # twice in each epoch that has one
+    assert estimate_hours(trainer, data, 2.0, 3.0, 5.0) == pytest.approx((4 * 10 * 5 + 4 * 1 * 5) / 3600)
+    trainer.val_check_interval, trainer.check_val_every_n_epoch = 15, None  # batches, across epochs
     assert estimate_hours(trainer, data, 2.0, 3.0, 5.0) == pytest.approx((4 * 10 * 5 + 2 * 1 * 5) / 3600)
     trainer.max_epochs = trainer.max_steps = -1
     assert estimate_hours(trainer, data, 2.0, 3.0, 5.0) is None

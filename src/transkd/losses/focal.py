@@ -19,7 +19,8 @@ class TaskFocal(nn.Module):
 
     ``Σ_x w[y_x] · (1 − p_x)^γ · −log p_x / Σ_x w[y_x]``, p_x the softmax probability of the label at the valid pixel x;
     0 if there are none. With γ = 0 it is the cross-entropy (`TaskCrossEntropy`). It is computed in bands as that is,
-    and can be differentiated only once.
+    and can be differentiated only once. The mean is over a process's own pixels, so several processes differ from one
+    with the joined batch.
 
     Source: Lin et al., arXiv 1708.02002, section 3, for several classes by the softmax.
 

@@ -125,9 +125,18 @@ def estimate_hours(
         return None
     batches = min(limits)
     training = batches * (max(step, loader) if data.num_workers else step + loader)
-    validations = batches // epoch // (trainer.check_val_every_n_epoch or 1)
+    validations = _validations(trainer, batches, epoch)
     scored = _limited(-(-_batches(data) // devices), trainer.limit_val_batches) * validation
     return (training + validations * scored) / 3600
+
+
+def _validations(trainer: L.Trainer, batches: int, epoch: int) -> int:
+    """Number of validations in so many training batches, with so many of them in an epoch."""
+    interval: Any = trainer.val_check_interval  # batches, or a share of an epoch; None if a time is given
+    each = interval if isinstance(interval, int) else max(1, int(epoch * (interval or 1.0)))
+    if trainer.check_val_every_n_epoch is None:  # counted across epochs
+        return batches // each
+    return batches // epoch // trainer.check_val_every_n_epoch * max(1, epoch // each)
 
 
 def _batches(data: SegmentationDataModule) -> int:
