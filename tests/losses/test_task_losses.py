@@ -105,6 +105,15 @@ def test_dice_weighs_classes():
     assert value.item() == pytest.approx((3 * (1 - 2 / 3) + (1 - 4 / 5)) / 4)
 
 
+def test_dice_of_many_pixels_in_float32():
+    """Half a million pixels of p = 0.985, as many as a float32 cannot add one by one."""
+    logits = torch.zeros(1, 2, 8, 16)
+    logits[:, 0] = math.log(0.985 / 0.015)
+    target = torch.zeros(1, 512, 1024, dtype=torch.int64)
+    value = TaskDice()(SegmentationOutput(logits, (), (), logits), None, target)
+    assert value.item() == pytest.approx(1 - 2 * 0.985 / 1.985, abs=5e-5)
+
+
 # OHEM
 
 

@@ -84,8 +84,9 @@ def _sums(scores: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
     """Σ_x p_c y_c, Σ_x p_c and Σ_x y_c of a band, [3, K]."""
     log_p, mass = softmax_(scores, labels)
     scores *= valid / mass
-    both, present = (
-        torch.zeros_like(scores[0, :, 0, 0]).index_add(0, labels.flatten(), pixels.flatten())
+    rows = labels.flatten(0, 2)
+    both, present = (  # row by row: adding a million numbers to one in float32 would round each of them
+        scores.new_zeros(len(rows), scores.shape[1]).scatter_add_(1, rows, pixels.flatten(0, 2)).sum(0)
         for pixels in (log_p.exp() * valid, valid)
     )
     return torch.stack([both, scores.sum((0, 2, 3)), present])
