@@ -119,6 +119,12 @@ def test_a_crop_in_the_validation_transform_is_one_line(root, good):
     assert "protocol=input-res" in line
 
 
+def test_a_run_without_training_can_be_checked(root, good):
+    found = check(composed(root, "untrained", "distill=none", "trainer.max_epochs=0", config="check"))
+    assert found.problems == []
+    assert "hours" not in found.facts
+
+
 def test_measurements_wait_for_no_other_machine(root):
     cfg = composed(root, "nodes", "+trainer.num_nodes=2", config="check")
     assert build_side_trainer(cfg, **ONE_DEVICE).world_size == 1

@@ -316,13 +316,12 @@ def class_set(classes: str | ClassSet) -> ClassSet:
             f"data.classes.names=[{', '.join(names)}]: expected at least two classes; the rest of the image is one "
             "too, such as [background,crack] for masks of 0 and 1"
         )
-    wrong = [palette] if not isinstance(palette, Iterable) else [one for one in palette if not _is_colour(one)]
-    if wrong or not isinstance(palette, Iterable):
+    colours = tuple(palette) if isinstance(palette, Iterable) else (palette,)
+    if wrong := [colour for colour in colours if not _is_colour(colour)]:
         raise UserError(f"data.classes.palette has {wrong[0]}: expected [r,g,b], whole numbers from 0 to 255")
-    colours = tuple((int(red), int(green), int(blue)) for red, green, blue in palette)
     if len(colours) != len(names):
         raise UserError(f"data.classes.palette has {len(colours)} colours for {len(names)} names; give one each")
-    return ClassSet(names, colours)
+    return ClassSet(names, tuple((int(red), int(green), int(blue)) for red, green, blue in colours))
 
 
 def _is_colour(colour: object) -> bool:

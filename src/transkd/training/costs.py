@@ -70,6 +70,8 @@ def measure_costs(
     )  # fmt: skip
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0, **ONE_DEVICE}
     options |= {"min_epochs": None, "min_steps": None}  # the timer stops the training, however long the run has to be
+    if settings.trainer.max_epochs == 0:
+        options["max_epochs"] = 1  # a run that only starts and scores its student has no step to time
     quiet = build.build_trainer(cfg, callbacks=[timer], enable_progress_bar=False, **options)
     with without_workers(data):
         fit(quiet, distiller, data)
