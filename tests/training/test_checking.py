@@ -188,6 +188,12 @@ def test_a_mistake_of_another_library_is_a_problem_too():
     assert "data.batch_size=7 does not fit into the memory" in findings.problems[1]
 
 
+class Samples(list):
+    """A data set, all of whose samples have labels."""
+
+    labelled = property(len)
+
+
 class Data:
     """One sample with two classes."""
 
@@ -197,7 +203,7 @@ class Data:
         from transkd.data import Batch
 
         image = torch.arange(3 * 64 * 64).view(3, 64, 64).to(torch.uint8)
-        return [Batch(image, (image[0] > 128).to(torch.uint8), "one")]
+        return Samples([Batch(image, (image[0] > 128).to(torch.uint8), "one")])
 
 
 def test_gradients_are_those_of_a_backward_pass():

@@ -11,6 +11,7 @@ from albumentations.pytorch import ToTensorV2
 from torch import nn
 
 from transkd.data import Batch, SegmentationDataModule, find_camvid
+from transkd.data.dataset import UNLABELLED_BYTE
 from transkd.errors import UserError
 from transkd.losses import Criterion, TaskCrossEntropy
 from transkd.models import create_segmenter
@@ -30,6 +31,12 @@ class Constant(nn.Module):
         return student.logits.sum() * 0 + self.value
 
 
+class Samples(list):
+    """A data set, all of whose samples have labels."""
+
+    labelled = property(len)
+
+
 class Data:
     """Two samples."""
 
@@ -37,7 +44,7 @@ class Data:
 
     def dataset(self, split):
         image = torch.zeros(3, 32, 64, dtype=torch.uint8)
-        return [Batch(image, torch.zeros(32, 64, dtype=torch.uint8), str(i)) for i in range(2)]
+        return Samples(Batch(image, torch.zeros(32, 64, dtype=torch.uint8), str(i)) for i in range(2))
 
 
 @pytest.fixture
@@ -62,6 +69,21 @@ def test_a_term_that_drowns_the_others_is_warned_of(student, caplog):
     assert "the term big is" in warning
     assert "criterion.terms.big.weight" in warning
     assert "teacher.standardise=true" in warning
+
+
+def test_a_single_image_with_a_label_beside_others_without(student, caplog):
+    class Mixed(list):
+        labelled = 1
+
+    class One(Data):
+        def dataset(self, split):
+            first, second = super().dataset(split)
+            unknown = torch.full_like(second.target, UNLABELLED_BYTE)
+            return Mixed([first, second._replace(target=unknown)])
+
+    caplog.set_level(logging.INFO)
+    weigh(student, None, criterion(2.0), One())
+    assert "terms before step 1: task" in caplog.text
 
 
 def test_terms_of_a_like_size_are_logged_alone(student, caplog):

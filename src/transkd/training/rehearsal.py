@@ -173,7 +173,7 @@ def rehearse_writing(student: Network, notes: dict[str, Any], facts: dict[str, A
 def values_on_one_batch(
     student: Network, teacher: nn.Module | None, criterion: Criterion, data: SegmentationDataModule
 ) -> dict[str, Tensor]:
-    """Values of the terms on the first training images, at most two, with all networks in eval mode.
+    """Values of the terms on the first training images with labels, at most two, with all networks in eval mode.
 
     Args:
         student: the student with its initial weights.
@@ -182,7 +182,7 @@ def values_on_one_batch(
         data: provides the images.
     """
     dataset = data.dataset("train")
-    batch = collate([dataset[i] for i in range(min(2, data.batch_size, len(dataset)))])
+    batch = collate([dataset[i] for i in range(min(2, data.batch_size, dataset.labelled))])
     modes = [part.training for part in (student, criterion)]
     with torch.random.fork_rng():
         ours = _shown(student.eval(), batch.image)
