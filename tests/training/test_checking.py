@@ -206,10 +206,12 @@ class Data:
         return Samples([Batch(image, (image[0] > 128).to(torch.uint8), "one")])
 
 
-def test_gradients_are_those_of_a_backward_pass():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_a_backward_pass(checkpointing):
     torch.manual_seed(0)
-    encoder = {"channels": [8, 16, 40, 64], "depths": [1, 1, 1, 1]}
+    encoder = {"channels": [8, 16, 40, 64], "depths": [1, 1, 1, 1], "drop_path_rate": 0.1}
     student = create_segmenter("segformer_b0", 2, width=16, encoder=encoder)
+    student.encoder.set_grad_checkpointing(checkpointing)
     criterion = Criterion({"task": {"term": TaskCrossEntropy(), "weight": 2.0}})
     values, statistics = term_gradients(student, None, criterion, Data())
     assert student.training

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from transkd.errors import UserError
@@ -98,10 +99,14 @@ def test_steps_of_a_run(trainer, expected):
     assert planned_steps(data, TrainerSettings(**trainer)) == expected
 
 
-def steps_of(optimizer, precision="32-true", clip=None):
+def configured(optimizer, precision="32-true", clip=None):
     layer = nn.Linear(3, 2)
     trainer = SimpleNamespace(precision=precision, gradient_clip_val=clip, estimated_stepping_batches=1)
-    return Optimization(optimizer).configure(layer.parameters(), trainer).defaults.get("fused")
+    return Optimization(optimizer).configure(layer.parameters(), trainer)
+
+
+def steps_of(optimizer):
+    return configured(optimizer).defaults.get("fused")
 
 
 def test_a_fused_kernel_is_used_where_there_is_one():
@@ -109,6 +114,13 @@ def test_a_fused_kernel_is_used_where_there_is_one():
     assert steps_of(functools.partial(torch.optim.AdamW, lr=1e-3, fused=False)) is False
     assert steps_of(functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True)) is None
     assert steps_of(functools.partial(torch.optim.Adadelta, lr=1e-3)) is None  # has none
-    clipped = functools.partial(torch.optim.AdamW, lr=1e-3)
-    assert steps_of(clipped, "16-mixed", 1.0) is None  # Lightning allows it unfused only
-    assert steps_of(clipped, "bf16-mixed", 1.0) is True
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_lightning_clips_the_gradients_of_the_optimizer_under_autocast(precision):
+    optimizer = configured(functools.partial(torch.optim.AdamW, lr=1e-3), precision, clip=1.0)
+    (weight, bias) = optimizer.param_groups[0]["params"]
+    weight.grad, bias.grad = torch.full_like(weight, 3.0), torch.zeros_like(bias)
+    MixedPrecision(precision, "cpu").clip_gradients(optimizer, 1.0)
+    assert weight.grad.norm().item() == pytest.approx(1.0, rel=1e-4)
+    assert configured(functools.partial(torch.optim.AdamW, lr=1e-3), precision).defaults["fused"] is True

@@ -52,11 +52,12 @@ class Optimization:
 
     def configure(self, parameters: Iterable[nn.Parameter], trainer: Trainer) -> Any:
         """Build the value that ``LightningModule.configure_optimizers`` returns."""
-        clips_scaled = trainer.precision == "16-mixed" and trainer.gradient_clip_val  # Lightning refuses it fused
+        # Lightning refuses to clip gradients under autocast for a fused optimizer, in bf16 too
+        clips = trainer.precision in ("16-mixed", "bf16-mixed") and trainer.gradient_clip_val
         run = None
         if self.scheduler is not None:
             run = trainer.max_epochs if self.interval == "epoch" else trainer.estimated_stepping_batches
-        optimizer, schedule = self.build_both(parameters, int(self.horizon or run or 1), fused=not clips_scaled)
+        optimizer, schedule = self.build_both(parameters, int(self.horizon or run or 1), fused=not clips)
         if schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.interval}}

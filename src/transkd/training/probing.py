@@ -99,8 +99,11 @@ def term_gradients(
     student: Network, teacher: nn.Module | None, criterion: Criterion, data: SegmentationDataModule
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Values of the terms on the first images, and ``gradient_statistics`` of them on the student's weights."""
+    modes = student.training, criterion.training
+    student.eval(), criterion.eval()  # until the gradients are there: activation checkpointing computes blocks again
     values = values_on_one_batch(student, teacher, criterion, data)
     statistics = gradient_statistics(values, list(student.parameters()))
+    student.train(modes[0]), criterion.train(modes[1])
     return {name: value.detach() for name, value in values.items()}, statistics
 
 
