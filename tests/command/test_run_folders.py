@@ -77,19 +77,22 @@ def test_a_score_may_be_taken_again_but_not_over_a_training_run(tmp_path):
         enter(tmp_path, scores_only=True)
 
 
-def test_torchruns_processes_share_the_folder_of_rank_0(tmp_path, monkeypatch):
+STARTS = {
+    "torchrun": {"TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+    "srun": {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"},
+    "srun on two machines": {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NNODES": "2"},
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_processes_that_are_started_together_share_the_folder_of_rank_0(tmp_path, monkeypatch, start):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for name, value in {
-        "TORCHELASTIC_RUN_ID": "a",
-        "MASTER_PORT": "1",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }.items():
+    for name, value in STARTS[start].items():
         monkeypatch.setenv(name, value)
     found = []
     for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("RANK" if start == "torchrun" else "SLURM_PROCID", rank)
         cfg = composed()
         OmegaConf.get_cache(cfg)["now"][("%Y-%m-%d_%H-%M-%S",)] = f"second_{rank}"
         RunFolder().on_run_start(cfg)
@@ -100,8 +103,8 @@ def test_torchruns_processes_share_the_folder_of_rank_0(tmp_path, monkeypatch):
 
 
 def test_rank_1_does_not_wait_for_ever(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "alone")
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"TORCHELASTIC_RUN_ID": "alone", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(folders, "PATIENCE", 0.0)
     with pytest.raises(Refusal, match=r"rank 1 did not hear from rank 0"):
         RunFolder().on_run_start(composed())

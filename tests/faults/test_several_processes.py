@@ -32,13 +32,15 @@ SETTINGS += ["trainer.max_epochs=2", "data.prepare.train=4", "data.prepare.val=2
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 
 
-def start(folder: Path, *overrides: str, launcher=()) -> subprocess.Popen:
+def start(folder: Path, *overrides: str, launcher=(), said="said.txt", **others: str) -> subprocess.Popen:
     (folder / "told.py").write_text(CALLBACK)
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MARK": str(folder)}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MARK": str(folder), **others}
     command = [sys.executable, "-m", *launcher, "transkd.train", *SETTINGS, *overrides]
-    with (folder / "said.txt").open("w") as said:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said, start_new_session=True)
+    with (folder / said).open("w") as output:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
 
 
 def living(folder: Path) -> list[str]:
@@ -86,6 +88,23 @@ def test_a_mistake_that_one_process_alone_finds(quiet):
     (quiet / "fail").touch()
     process = start(quiet, "hydra.run.dir=failed")
     assert process.wait(120) == 1
+    (quiet / "fail").unlink()
     assert errors(quiet) == ["error: what process 1 alone has found"]
     assert "Traceback" not in (quiet / "said.txt").read_text()
     assert (quiet / "failed" / "error.txt").read_text() == "what process 1 alone has found\n"
+
+
+@pytest.mark.slow
+def test_processes_of_srun_share_a_folder(quiet):
+    """srun gives each process its rank, and starts none of them again; they begin in different seconds."""
+    job = {"SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0", "SLURM_NNODES": "1"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+    ranks = []
+    for rank in ("0", "1"):
+        place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        ranks.append(start(quiet, "name=srun", said=f"srun_{rank}.txt", **job, **place))
+        time.sleep(1.1)
+    assert [process.wait(120) for process in ranks] == [0, 0], (quiet / "srun_0.txt").read_text()
+    (run,) = (quiet / "outputs" / "srun").iterdir()
+    assert_identical(student(quiet, "quiet"), student(quiet, f"outputs/srun/{run.name}"))
+    assert living(quiet) == []

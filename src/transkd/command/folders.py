@@ -25,7 +25,7 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"
 TRAINED = ("checkpoints/*.ckpt", "student.safetensors")
 """Files of a training run that are worth keeping; metrics.csv alone is left by one that ended in its first epoch."""
 PATIENCE = 60.0
-"""Seconds to wait for the process with rank 0 under torchrun."""
+"""Seconds to wait for the process with rank 0 under torchrun or srun."""
 _held: dict[Path, int] = {}
 
 
@@ -78,7 +78,7 @@ class RunFolder(Callback):
     """Hydra's callback that gives a run or a sweep a folder of its own, before Hydra writes into it.
 
     A folder named by the time that is taken becomes ``<time>_2`` and so on; one that was named by the user is refused.
-    The processes of torchrun share the folder of rank 0.
+    The processes of torchrun and srun share the folder of rank 0.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -97,8 +97,8 @@ def _choose(config: DictConfig, key: str) -> None:
         if rank() == 0:
             _find_free(config, key, times)
             _tell_others(times)
-        elif TORCHRUN in os.environ:
-            times.update(_ask_first())
+        elif (meeting_point := _meeting_point()) is not None:
+            times.update(_ask_first(meeting_point))
     except Exception as error:
         raise Refusal(error) from error
 
@@ -148,23 +148,29 @@ def _take(folder: Path) -> bool:
     return True
 
 
-# torchrun starts all processes at once; the first one tells the others which time names the folder.
+# torchrun and srun start all processes at once; the first one tells the others which time names the folder.
 
 
-def _meeting_point() -> Path:
-    """File that the processes of one start by torchrun agree on."""
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-    parts = [os.environ.get(name, "") for name in names]
-    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")  # one machine
-    parts.append(str(os.getppid()) if alone else "")
-    name = f".transkd_{hashlib.sha256('/'.join(parts).encode()).hexdigest()[:16]}.json"
-    return (Path(tempfile.gettempdir()) if alone else Path.cwd()) / name
+def _meeting_point() -> Path | None:
+    """File that the processes of one start by torchrun or srun agree on; None for a process that was started alone."""
+    known = os.environ.get
+    if TORCHRUN in os.environ:
+        processes, one_machine = known("WORLD_SIZE", "1"), known("LOCAL_WORLD_SIZE") == known("WORLD_SIZE")
+        names = (TORCHRUN, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+        start = [known(name, "") for name in names] + [str(os.getppid()) if one_machine else ""]
+    else:
+        processes, one_machine = known("SLURM_NTASKS", "1"), known("SLURM_NNODES") == "1"
+        start = [known(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
+    if processes == "1":
+        return None
+    name = f".transkd_{hashlib.sha256('/'.join(start).encode()).hexdigest()[:16]}.json"
+    return (Path(tempfile.gettempdir()) if one_machine else Path.cwd()) / name
 
 
 def _tell_others(times: dict[tuple[str, ...], str]) -> None:
-    if TORCHRUN not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
-        return
     path = _meeting_point()
+    if path is None:
+        return
     content = json.dumps([[list(pattern), value] for pattern, value in times.items()])
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     with os.fdopen(handle, "w") as file:
@@ -173,8 +179,8 @@ def _tell_others(times: dict[tuple[str, ...], str]) -> None:
     atexit.register(path.unlink, missing_ok=True)
 
 
-def _ask_first() -> dict[tuple[str, ...], str]:
-    path, until = _meeting_point(), time.monotonic() + PATIENCE
+def _ask_first(path: Path) -> dict[tuple[str, ...], str]:
+    until = time.monotonic() + PATIENCE
     while not (path.is_file() and path.stat().st_uid == os.getuid()):
         if time.monotonic() > until:
             raise UserError(
