@@ -11,7 +11,7 @@ from rich.table import Table
 
 from transkd.data import SegmentationDataModule
 from transkd.files import write_atomically
-from transkd.pictures import colourise, overlay, save_sheet
+from transkd.pictures import colourise, legend_of, overlay, save_sheet
 
 __all__ = ["draw_sheet", "folded", "report_check"]
 
@@ -23,7 +23,7 @@ def draw_sheet(data: SegmentationDataModule, path: Path) -> None:
     """Save a contact sheet: images as stored, labels on them, and both as the student sees them in training."""
     dataset, palette = data.dataset("train"), data.classes.palette
     count = min(ROWS, dataset.labelled)
-    rows = []
+    rows, labels = [], []
     for row in range(count):
         index = row * dataset.labelled // count
         image, label = dataset.read(index)
@@ -31,7 +31,9 @@ def draw_sheet(data: SegmentationDataModule, path: Path) -> None:
         pixels = seen.image.permute(1, 2, 0).numpy()
         shown = overlay(pixels, colourise(seen.target.numpy(), palette))
         rows.append([image, overlay(image, colourise(label, palette)), pixels, shown])
-    save_sheet(rows, ["image", "label on it", "in training", "label on it"], path)
+        labels += [label, seen.target.numpy()]
+    titles = ["image", "label on it", "in training", "label on it"]
+    save_sheet(rows, titles, path, legend=legend_of(labels, data.classes))
 
 
 def report_check(problems: Sequence[str], warnings: Sequence[str], facts: dict[str, Any], folder: Path) -> None:
