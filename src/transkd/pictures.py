@@ -76,7 +76,7 @@ def save_sheet(
 
     height, width = rows[0][0].shape[:2]
     cell = 3.2
-    entries = [Patch(facecolor=[part / 255 for part in rgb], label=name) for name, rgb in (legend or {}).items()]
+    entries = [Patch(facecolor=_rgb(colour), label=name) for name, colour in (legend or {}).items()]
     longest = max(map(len, legend or [""]))
     columns = max(1, int(cell * len(titles) / (0.6 + 0.08 * longest)))  # inches of a patch and of a letter
     lines = -(-len(entries) // columns)
@@ -94,6 +94,11 @@ def save_sheet(
     if title:
         figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def _rgb(colour: Sequence[int]) -> tuple[float, float, float]:
+    red, green, blue = colour
+    return red / 255, green / 255, blue / 255
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
