@@ -23,7 +23,7 @@ def draw(runs: list[Path], labels: list[str], out: Path) -> None:
     protocol = one_protocol(dict(zip(map(str, runs), about, strict=True)))
     for run, label, results in zip(runs, labels, found, strict=True):
         steps, values = zip(*read_metrics(run / "metrics.csv")[f"val/{protocol}/mIoU"], strict=True)
-        axis.plot(steps, [100 * value for value in values], label=f"{label}: {100 * results['mIoU']:.2f}")
+        axis.plot(steps, [100 * value for value in values], label=f"{label}: {100 * results['mIoU']:.2f}", marker=".")
     axis.set_xlabel("step")
     axis.set_ylabel(f"validation mIoU [%], {protocol}")
     axis.grid(alpha=0.3)

@@ -187,7 +187,9 @@ def print_markdown(header: Sequence[str], rows: Sequence[Sequence[str]], title: 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
     """Print cells as a table for a terminal."""
-    table = Table(*map(escape, header), title=escape(title))
+    table = Table(title=escape(title))
+    for name in header:
+        table.add_column(escape(name), overflow="fold")  # names of settings often differ at their end
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)

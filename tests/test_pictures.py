@@ -6,7 +6,7 @@ from transkd import files
 from transkd.data.classes import CITYSCAPES
 from transkd.data.writing import save_png
 from transkd.errors import UserError
-from transkd.pictures import colourise, draw_curves, overlay, palette_of, read_metrics, save_sheet
+from transkd.pictures import colourise, draw_curves, legend_of, overlay, palette_of, read_metrics, save_sheet
 
 METRICS = """epoch,lr-AdamW,step,train/loss_epoch,train/loss_step,train/task,val/full-res/mIoU
 ,0.001,9,,1.5,,
@@ -74,6 +74,41 @@ def test_curves(metrics, tmp_path, monkeypatch):
         {"lr-AdamW": [[9, 0.001], [29, 0.0005]]},
     ]
     assert Image.open(tmp_path / "curves.png").size[0] > 500
+
+
+def test_a_single_value_of_a_curve_is_seen(tmp_path, monkeypatch):
+    """A line of one point has no length."""
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/task,val/full-res/mIoU\n0,9,1.0,\n0,9,,0.5\n")
+    axes = axes_of(monkeypatch)
+    draw_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    assert [line.get_marker() for axis in axes for line in axis.lines] == [".", "."]
+
+
+def test_the_legend_of_a_sheet_names_the_classes_that_occur(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    label = np.array([[0, 13], [255, 0]], dtype=np.uint8)
+    rows = [[np.zeros((8, 16, 3), np.uint8)] * 2]
+    save_sheet(rows, ["image", "label"], tmp_path / "sheet.png", legend=legend_of([label, label], CITYSCAPES))
+    (legend,) = figures[0].legends
+    entries = zip(legend.get_texts(), legend.get_patches(), strict=True)
+    named = {text.get_text(): tuple(round(255 * part) for part in patch.get_facecolor()[:3]) for text, patch in entries}
+    assert named == {"road": (128, 64, 128), "car": (0, 0, 142), "ignored": (0, 0, 0)}
+
+
+def test_a_legend_of_many_long_names_lies_within_the_sheet(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (self.draw_without_rendering(), figures.append(self)))
+    legend = {f"a class with a name of many words {i}": (i, i, i) for i in range(40)}
+    save_sheet([[np.zeros((8, 16, 3), np.uint8)] * 3], ["a", "b", "c"], tmp_path / "sheet.png", legend=legend)
+    box, whole = figures[0].legends[0].get_window_extent(), figures[0].bbox
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+    assert whole.y0 <= box.y0 < box.y1 <= whole.y1
 
 
 def test_curves_of_a_run_without_validation(tmp_path):

@@ -20,6 +20,7 @@ from transkd.models import load_segmenter
 from transkd.run import run
 from transkd.settings import TrainSettings
 from transkd.training.build import teacher_source
+from transkd.training.capture import Step
 from transkd.training.distiller import Distiller
 from transkd.training.replaying import replay
 
@@ -181,6 +182,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(base, mon
     assert lines[3] == "first module whose output is not finite: student.head.linear_pred"
     network, _ = load_segmenter(base / "broken" / "checkpoints" / "last.ckpt")
     assert all(p.isfinite().all() for p in network.parameters())
+
+
+def test_a_loss_that_is_not_finite_before_the_first_checkpoint_offers_none(base, monkeypatch):
+    """Else ckpt_path=last would go on from an older run of the same name."""
+    monkeypatch.setattr(Step, "is_finite", lambda self: False)
+    with pytest.raises(UserError, match=r"not finite at epoch 0, step 0 .* It has no checkpoint yet: .*again") as error:
+        run(composed(base, "broken_at_once", "distill=none"))
+    assert "ckpt_path" not in str(error.value)
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(base, monkeypatch):

@@ -78,10 +78,13 @@ def test_the_score_is_that_of_the_predictions(root):
     assert found["conditions"].keys() == {"fog", "night", "rain", "snow"}
 
 
-def test_evaluate_gives_the_scores_again_and_those_of_other_protocols(root):
+def test_evaluate_gives_the_scores_again_and_those_of_other_protocols(root, caplog):
     where = [*ALONE, LETTERBOX, f"+weights={root / 'run/student.safetensors'}"]
     evaluate(composed(root, "again", *where))
     assert results(root, "again")["mIoU"] == results(root, "run")["mIoU"]
+    assert "was validated with" not in caplog.text
+    evaluate(composed(root, "smaller", *where, eval_transform(("SmallestMaxSize", "max_size:64"))))
+    assert "was validated with LongestMaxSize(max_size=96), PadIfNeeded(min_height=96" in caplog.text
     assert results(root, "again")["conditions"] == results(root, "run")["conditions"]
     evaluate(
         composed(root, "slide", *where, "protocol=slide", "protocols.slide.window=48", "protocols.slide.stride=32")

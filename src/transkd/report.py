@@ -23,7 +23,7 @@ from transkd.files import sha256, write_atomically
 from transkd.losses import Criterion
 from transkd.metrics import PROTOCOLS, Scores
 from transkd.models import Network, add_lora
-from transkd.pictures import colourise, draw_curves, save_sheet
+from transkd.pictures import colourise, draw_curves, legend_of, save_sheet
 from transkd.settings import LoraSettings
 from transkd.training.build import Parts
 
@@ -142,17 +142,19 @@ def save_report_pictures(
     dataset = data.dataset("val")
     if count < 1:
         return
-    rows = []
+    rows, maps = [], []
     for i in range(0, len(dataset), -(-len(dataset) // count)):
         sample = dataset[i]
         image, target, *_ = sample
         place = getattr(sample, "place", None)
-        row = [image.permute(1, 2, 0).numpy(), colourise(target.numpy(), data.classes.palette)]
+        labels = [target.numpy()]
         for network in shown.values():
-            ids = network.predict(image[None], target.shape, None if place is None else place[None])[0].numpy()
-            row.append(colourise(ids, data.classes.palette))
-        rows.append(row)
-    save_sheet(rows, ["image", "label", *shown], folder / "predictions.png")
+            ids = network.predict(image[None], target.shape, None if place is None else place[None])[0]
+            labels.append(ids.numpy())
+        rows.append([image.permute(1, 2, 0).numpy(), *(colourise(ids, data.classes.palette) for ids in labels)])
+        maps += labels
+    legend = legend_of(maps, data.classes)
+    save_sheet(rows, ["image", "label", *shown], folder / "predictions.png", legend=legend)
 
 
 def describe_scores(scores: Scores | None, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:

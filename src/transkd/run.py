@@ -203,7 +203,9 @@ def prepare_teacher(
         else:
             source = trained = Path(settings.run_dir) / "teacher.safetensors"
             fit_teacher(cfg, settings, network, data, device, trained)
-    about = teaching.load_teacher(network, source, settings.teacher.license, settings.license_policy)
+    about = teaching.load_teacher(
+        network, source, settings.teacher.license, settings.license_policy, data.classes.names
+    )
     if not teaching.can_be_scored(network, data):
         return about, None
     trainer = build.build_side_trainer(cfg)

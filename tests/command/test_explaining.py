@@ -4,6 +4,7 @@ import errno
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from transkd.cli import CONF
@@ -93,6 +94,18 @@ def test_a_process_of_the_run_that_was_killed():
         "[third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [::1]:5: Connection reset by peer"
     )
     assert explain(gloo).startswith("another process of this run has ended without a word")
+
+
+def test_a_function_that_does_not_take_what_the_configuration_gives(tmp_path, monkeypatch):
+    (tmp_path / "own_listing.py").write_text("def find(root, split):\n    return []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    find = instantiate({"_target_": "own_listing.find", "_partial_": True, "images": "all/*.jpg"})
+    with pytest.raises(TypeError) as error:
+        find(root="a", split="train")
+    message = explain(error.value)
+    assert message is not None
+    assert message.startswith("a _target_ was called with other arguments than it takes: TypeError: find() got")
+    assert "'images'" in message
 
 
 def test_a_fault_of_ours_is_not_explained():

@@ -62,6 +62,13 @@ def test_values_of_sixteen_bits():
     refused(r"class ids from 0 to 65535, got values 0…70000", np.array([[0, 70000]], dtype=np.int32))
 
 
+def test_a_few_unknown_values_come_with_the_setting_that_ignores_them():
+    refused(r", or ignore \[7\] with data\.void=\[7\]$", [[0, 2, 7]])
+    assert ids([[0, 2, 7]], void=[7]) == [[0, 2, 255]]
+    refused(r", or ignore \[7\] with data\.void=\[7,9\]$", [[0, 7, 9]], void=[9])
+    refused(r"null = ignored\)$", [[0, 50, 100, 150, 200]])  # so many are classes
+
+
 def test_values_that_need_a_map_are_named_with_the_setting():
     refused(r"\[7, 26\] are outside the 3 classes 0…2 .*data\.label\.ids=\{0:…,7:…,26:…\}", [[0, 7, 26]])
     refused(r"if 0 is to be ignored and k is class k-1, set data\.label\.reduce_zero_label=true", [[0, 1, 2, 3]])

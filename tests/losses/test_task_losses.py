@@ -38,6 +38,14 @@ def output(logits):
     return SegmentationOutput(logits[None, :, None, :], (), (), torch.rand(1, 3, 1, logits.shape[1]))
 
 
+@pytest.mark.parametrize("make", [TaskCrossEntropy, *TERMS])
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.float32])
+def test_labels_of_another_type_are_refused_in_one_line(pair, make, kind):
+    student, target = pair
+    with pytest.raises(UserError, match=rf"reads labels as int64, got {str(kind)[6:]}: give target\.long\(\)\.$"):
+        make()(student, None, target.to(kind))
+
+
 # Focal
 
 

@@ -23,9 +23,11 @@ def add_job(root, number, overrides, miou=None, teacher=None, protocol="full-res
         (folder / "results.json").write_text(json.dumps(results))
 
 
-def table(*arguments):
+def table(*arguments, columns=160):
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "160", "PYTHONIOENCODING": "utf-8"})
+    return subprocess.run(
+        command, capture_output=True, text=True, env={"COLUMNS": str(columns), "PYTHONIOENCODING": "utf-8"}
+    )
 
 
 def markdown_rows(*arguments):
@@ -61,6 +63,14 @@ def test_terminal_table(sweep):
     assert run.returncode == 0
     for cell in ("distill", "transkd_base", "53.00 ± 3.61", "61.00 ± 1.41", "69.34", "over seed"):
         assert cell in run.stdout
+
+
+def test_names_of_settings_are_whole_on_a_narrow_terminal(tmp_path):
+    for number, (first, second) in enumerate([("1", "3"), ("2", "4")]):
+        add_job(tmp_path, number, [f"student.network.encoder.a={first}", f"student.network.encoder.b={second}"], 0.5)
+    lines = [line.split("┃")[1:-1] for line in table(tmp_path, columns=70).stdout.splitlines() if line.startswith("┃")]
+    header = ["".join(part.strip() for part in column) for column in zip(*lines, strict=True)]
+    assert header[:2] == ["student.network.encoder.a", "student.network.encoder.b"]
 
 
 def test_csv_holds_unrounded_numbers(sweep, tmp_path):

@@ -19,6 +19,7 @@ from transkd.losses import Criterion, TaskCrossEntropy
 from transkd.models import create_segmenter
 from transkd.training.build import build_side_trainer
 from transkd.training.checking import Findings, check
+from transkd.training.checking_report import report_check
 from transkd.training.costs import ONE_DEVICE, estimate_hours
 from transkd.training.device import Device
 from transkd.training.probing import PeakMemory, ValidationTimer, taps_and_readers, term_gradients
@@ -109,6 +110,16 @@ def test_all_that_is_wrong_is_said_at_once(root, good, monkeypatch, capsys, tmp_
     assert [part for part in parts if sum(part in line for line in errors) != 1] == []
     assert len(errors) == len(parts)
     assert any("the class bicyclist never occurs in the labels of train" in line for line in lines)
+
+
+def test_one_mistake_of_many_files_is_counted(tmp_path, capsys):
+    many = [f"labels/{i}.png: label values [{90 + i}] are outside the 3 classes" for i in range(12)]
+    report_check([many[0], "weights file not found: a.pth", *many[1:]], [], {}, tmp_path)
+    printed = capsys.readouterr()
+    errors = [line.removeprefix("error: ") for line in printed.err.splitlines()]
+    assert errors == [*many[:5], "7 more like the last, all in check.json", "weights file not found: a.pth"]
+    assert "problems: 13, warnings: 0" in printed.out
+    assert len(json.loads((tmp_path / "check.json").read_text())["problems"]) == 13
 
 
 def test_a_crop_in_the_validation_transform_is_one_line(root, good):

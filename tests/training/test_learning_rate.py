@@ -42,7 +42,7 @@ def test_a_warm_up_as_long_as_the_run_is_said(caplog):
     rates(1, total=4, warmup=3)
     assert caplog.text == ""
     rates(1, total=4, warmup=4)
-    assert "the warm-up of 4 ticks is as long as the schedule of 4: the rate never decays" in caplog.text
+    assert "optim.scheduler.warmup=4 is at least the length of the whole schedule, 4 (steps" in caplog.text
 
 
 def test_a_longer_run_follows_its_own_schedule_from_where_it_stopped():

@@ -143,6 +143,8 @@ def _elsewhere(error: BaseException) -> str | None:
     library = next((name for name in LIBRARIES if f"/{name.replace('.', '/')}/" in path.as_posix()), None)
     if library is None:
         return None
+    if library == "hydra" and isinstance(error, TypeError) and "argument" in what:  # a _partial_ is called by Hydra
+        return f"a _target_ was called with other arguments than it takes: {what} (HYDRA_FULL_ERROR=1 shows more)"
     return f"{library} does not accept this: {what} ({LIBRARIES[library]}; HYDRA_FULL_ERROR=1 shows more)"
 
 

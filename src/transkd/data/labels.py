@@ -22,6 +22,7 @@ Ids = npt.NDArray[np.uint8]
 UNKNOWN = 254  # marks values outside the classes
 VALUES = 1 << 16  # of 16-bit labels
 BLACK = (0, 0, 0)
+IGNORABLE = 3  # so many unknown values are probably to be ignored
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class LabelReader:
     """
 
     def __init__(self, classes: ClassSet, void: Sequence[int] = (), form: LabelFormat | None = None) -> None:
-        self.classes, self.form = classes, form or LabelFormat()
+        self.classes, self.void, self.form = classes, tuple(void), form or LabelFormat()
         self.names = len(classes.names)
         self.palette = [tuple(colour) for colour in classes.palette]
         self._conflicts: dict[bytes, list[int]] = {}
@@ -224,7 +225,10 @@ class LabelReader:
         if self.form.ids is not None:
             return f"{path}: label values {shown} are not in data.label.ids; add them, or other:null to ignore them"
         entries = ",".join(f"{value}:…" for value in np.unique(values)[:6])
-        hint = f"map them with data.label.ids={{{entries}}} (a class, or null = ignored)"
+        hint = f"map all values with data.label.ids={{{entries}}} (a class, or null = ignored)"
+        if len(unknown) <= IGNORABLE and max(unknown) < IGNORE:
+            ignored = ",".join(map(str, sorted({*self.void, *unknown})))
+            hint += f", or ignore {unknown} with data.void=[{ignored}]"
         if unknown == [self.names] and not self.form.reduce_zero_label:
             hint = f"if 0 is to be ignored and k is class k-1, set data.label.reduce_zero_label=true; otherwise {hint}"
         if max(unknown) > IGNORE:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -169,7 +169,7 @@ def check_networks(
         teacher = None
     device.lay_out(student, teacher, criterion)
     if teacher is not None:
-        findings.attempt("teacher", check_teacher, findings, cfg, settings, teacher)
+        findings.attempt("teacher", check_teacher, findings, cfg, settings, teacher, data.classes.names)
     if student is None or criterion is None:
         return None
     if teacher is not None and settings.student.from_teacher:
@@ -182,14 +182,16 @@ def check_networks(
     return Parts(data, student, teacher, criterion)
 
 
-def check_teacher(findings: Findings, cfg: DictConfig, settings: CheckSettings, teacher: Network) -> None:
+def check_teacher(
+    findings: Findings, cfg: DictConfig, settings: CheckSettings, teacher: Network, classes: Sequence[str]
+) -> None:
     """Load the teacher's weights, if the run would not train it first."""
     source = build.teacher_source(cfg, settings, teacher)
     if isinstance(source, Path) and not source.is_file():
         epochs = settings.teacher.fit.max_epochs
         findings.facts["teacher"] = f"{teacher.name}, trained first by the run (epochs: {epochs}); random here"
         return
-    about = teaching.load_teacher(teacher, source, settings.teacher.license, settings.license_policy)
+    about = teaching.load_teacher(teacher, source, settings.teacher.license, settings.license_policy, classes)
     findings.facts["teacher"] = f"{teacher.name}, {about['teacher_weights']}"
     findings.teacher_loaded = True
 

@@ -11,18 +11,19 @@ from rich.table import Table
 
 from transkd.data import SegmentationDataModule
 from transkd.files import write_atomically
-from transkd.pictures import colourise, overlay, save_sheet
+from transkd.pictures import colourise, legend_of, overlay, save_sheet
 
-__all__ = ["draw_sheet", "report_check"]
+__all__ = ["draw_sheet", "folded", "report_check"]
 
 ROWS = 4
+SHOWN = 5  # lines of one kind
 
 
 def draw_sheet(data: SegmentationDataModule, path: Path) -> None:
     """Save a contact sheet: images as stored, labels on them, and both as the student sees them in training."""
     dataset, palette = data.dataset("train"), data.classes.palette
     count = min(ROWS, dataset.labelled)
-    rows = []
+    rows, labels = [], []
     for row in range(count):
         index = row * dataset.labelled // count
         image, label = dataset.read(index)
@@ -30,7 +31,9 @@ def draw_sheet(data: SegmentationDataModule, path: Path) -> None:
         pixels = seen.image.permute(1, 2, 0).numpy()
         shown = overlay(pixels, colourise(seen.target.numpy(), palette))
         rows.append([image, overlay(image, colourise(label, palette)), pixels, shown])
-    save_sheet(rows, ["image", "label on it", "in training", "label on it"], path)
+        labels += [label, seen.target.numpy()]
+    titles = ["image", "label on it", "in training", "label on it"]
+    save_sheet(rows, titles, path, legend=legend_of(labels, data.classes))
 
 
 def report_check(problems: Sequence[str], warnings: Sequence[str], facts: dict[str, Any], folder: Path) -> None:
@@ -41,12 +44,32 @@ def report_check(problems: Sequence[str], warnings: Sequence[str], facts: dict[s
     for table in (files_table(facts), classes_table(facts), taps_table(facts), terms_table(facts), run_table(facts)):
         if table.row_count:
             console.print(table)
-    for line in warnings:
+    for line in folded(warnings):
         print(f"warning: {line}", file=sys.stderr)
-    for line in problems:
+    for line in folded(problems):
         print(f"error: {line}", file=sys.stderr)
     sheet = " and sheet.png beside it" if (folder / "sheet.png").is_file() else ""
     print(f"problems: {len(problems)}, warnings: {len(warnings)}; see {folder / 'check.json'}{sheet}")
+
+
+def folded(lines: Sequence[str], most: int = SHOWN) -> list[str]:
+    """The lines to print: the first of each kind, and how many more there are; a mistake is often one of all files.
+
+    Two lines are of one kind if they differ only in words that hold something other than letters: paths, numbers.
+
+    Example:
+        >>> folded(["a/1.png: is empty", "no teacher", "a/2.png: is empty", "a/3.png: is empty"], most=1)
+        ['a/1.png: is empty', '2 more like the last, all in check.json', 'no teacher']
+    """
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for line in lines:
+        kinds.setdefault(tuple(word for word in line.split() if word.isalpha()), []).append(line)
+    shown = []
+    for alike in kinds.values():
+        shown += alike[:most]
+        if len(alike) > most:
+            shown.append(f"{len(alike) - most} more like the last, all in check.json")
+    return shown
 
 
 def files_table(facts: dict[str, Any]) -> Table:

@@ -96,10 +96,15 @@ class Distiller(Scorer):
         saved = "" if self.capture is None else self._write(step, names, self.capture)
         raise UserError(
             f"the loss is not finite at epoch {self.current_epoch}, step {self.global_step} ({terms}); "
-            f"files of the batch: {'; '.join(map(str, names))}. The last good checkpoint is kept: lower the learning "
-            "rate, use trainer.precision=32-true or trainer.gradient_clip_val=1, and resume with ckpt_path=last "
-            f"resume=force{saved}"
+            f"files of the batch: {'; '.join(map(str, names))}. {self._way_on()}{saved}"
         )
+
+    def _way_on(self) -> str:
+        """What to do about a loss that is not finite: a teacher, or the first epoch, has no checkpoint to resume."""
+        remedy = "lower the learning rate, use trainer.precision=32-true or trainer.gradient_clip_val=1"
+        if any(getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks):
+            return f"The last good checkpoint is kept: {remedy}, and resume with ckpt_path=last resume=force"
+        return f"It has no checkpoint yet: {remedy}, and start again"
 
     def _write(self, step: Step, names: list[Any], capture: Capture) -> str:
         image, target = step.batch[:2]

@@ -38,7 +38,12 @@ def warmup_poly(optimizer: Optimizer, total: int, warmup: int = 0, power: float 
     if warmup < 0 or not 0 <= power < float("inf"):
         raise UserError(f"warmup_poly: warmup={warmup}, power={power}: expected numbers of at least 0")
     if warmup >= total:
-        log.warning("the warm-up of %d ticks is as long as the schedule of %d: the rate never decays", warmup, total)
+        log.warning(
+            "optim.scheduler.warmup=%d is at least the length of the whole schedule, %d (steps or epochs, as "
+            "optim.interval says): the learning rate never decays",
+            warmup,
+            total,
+        )
 
     def factor(tick: int) -> float:
         if tick < warmup:

@@ -14,7 +14,9 @@ from transkd.metrics import Scores
 from transkd.models import MappedClasses, Network, load_weights
 from transkd.models.class_map import unmapped
 from transkd.models.storage.lineage import check_license_policy
+from transkd.models.storage.sources import read_weights
 from transkd.settings import TeacherSettings
+from transkd.training.agreement import warn_of_moved_classes
 
 __all__ = ["can_be_scored", "check_kept", "check_scores", "keep", "kept_teacher", "load_teacher", "shaping"]
 
@@ -95,9 +97,22 @@ def _hash_file(kept: Path) -> Path:
     return kept.with_name(f"{kept.name}.sha256")
 
 
-def load_teacher(network: Network, source: str | Path, license: str | None, license_policy: str) -> dict[str, Any]:
-    """Load the teacher's weights; return their description for checkpoints and results."""
-    load_weights(unmapped(network), source, license=license)
+def load_teacher(
+    network: Network, source: str | Path, license: str | None, license_policy: str, classes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Load the teacher's weights; return their description for checkpoints and results.
+
+    Args:
+        network: the teacher.
+        source: its weights, see ``read_weights``.
+        license: licence of the weights, if the file does not state one.
+        license_policy: see ``check_license_policy``.
+        classes: names of the data's classes; a warning says which the weights have at other ids.
+    """
+    weights = read_weights(source)
+    load_weights(unmapped(network), weights, license=license)
+    if not isinstance(network, MappedClasses):
+        warn_of_moved_classes(weights.card, classes, f"the teacher {source}", "Map them with teacher.class_map")
     check_license_policy(network.lineage, license_policy, f"the teacher {network.name}")
     about = {"teacher_weights": str(source), "teacher_sha256": sha256(source), "teacher_name": network.name}
     return {**about, "teacher_classes": network.sources} if isinstance(network, MappedClasses) else about

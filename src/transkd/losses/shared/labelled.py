@@ -51,8 +51,8 @@ def labelled_logits(
         resolution: "logits" resizes the labels to the logits by nearest neighbour.
 
     Raises:
-        UserError: logits or labels are missing, the labels have another shape or batch size, or the number of class
-            weights is not K.
+        UserError: logits or labels are missing, the labels have another shape, batch size or type, or the number of
+            class weights is not K.
     """
     name = name_of(term)
     if student.logits is None:
@@ -70,6 +70,8 @@ def labelled_logits(
             f"{name} compares logits of {len(logits)} images with labels [B, H, W] of as many; "
             f"got labels of shape {list(target.shape)}."
         )
+    if target.dtype != torch.int64:
+        raise UserError(f"{name} reads labels as int64, got {str(target.dtype)[6:]}: give target.long().")
     if resolution == "logits":
         target = nearest(target, logits.shape[-2:])
     weights = logits.new_ones(logits.shape[1]) if class_weights is None else class_weights.to(logits)

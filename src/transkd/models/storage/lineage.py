@@ -45,10 +45,14 @@ def is_commercial(license: str | None) -> bool | None:
 
 
 def describe_lineage(lineage: Lineage) -> str:
-    """Format a lineage as one line for logs and model cards."""
-    return "; ".join(
-        f"{entry['part']}: {entry['source']} ({entry['license'] or 'licence unknown'})" for entry in lineage
-    )
+    """Format a lineage as one line for logs and model cards.
+
+    Example:
+        >>> describe_lineage([CODE]), describe_lineage([])
+        ('code: transkd (Apache-2.0)', 'origin not stated')
+    """
+    entries = [f"{entry['part']}: {entry['source']} ({entry['license'] or 'licence unknown'})" for entry in lineage]
+    return "; ".join(entries) or "origin not stated"
 
 
 def merge_lineage(*lineages: Iterable[dict[str, str | None]]) -> Lineage:
