@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import wandb
 from omegaconf import OmegaConf
 from runs import TINY, assert_identical, composed, results, student
 
@@ -361,5 +362,9 @@ def test_loggers(base, logger, monkeypatch):
     extra = ["logger.wandb.offline=true"] if logger == "wandb" else []
     run(composed(base, logger, "distill=none", f"logger={logger}", "trainer.max_epochs=1", *extra))
     assert (base / logger / "metrics.csv").is_file()
+    if logger == "wandb":
+        wandb.finish()
     events = {"wandb": "wandb/offline-run-*/*.wandb", "tensorboard": "tensorboard/events.*"}
-    assert list((base / logger).glob(events[logger]))
+    (written,) = (path.read_bytes() for path in (base / logger).glob(events[logger]))
+    assert b"val/full-res/mIoU" in written
+    assert (b"check_val_every_n_epoch" in written) == (logger == "wandb")  # the configuration

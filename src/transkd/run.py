@@ -3,10 +3,11 @@
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -105,6 +106,7 @@ def run(cfg: DictConfig) -> None:
     )
     if checkpoint is not None:
         trainer.callbacks.append(History(checkpoint.path, checkpoint.steps))  # type: ignore[attr-defined]
+    log_configuration(cfg, trainer)
     fit(trainer, distiller, data, checkpoint, Path(settings.run_dir) / "student.safetensors")
     facts |= {"epochs": trainer.current_epoch, "steps": trainer.global_step}
     finish(cfg, settings, parts, device, teacher_scores, notes, facts, started)
@@ -258,6 +260,13 @@ def fit_teacher(
 def save_resolved(cfg: DictConfig, path: Path) -> None:
     """Write a configuration with all interpolations resolved."""
     write_atomically(path, OmegaConf.to_yaml(cfg, resolve=True).encode())
+
+
+def log_configuration(cfg: DictConfig, trainer: L.Trainer) -> None:
+    """Give the resolved configuration to the loggers that do not write beside ``config.yaml``."""
+    for logger in trainer.loggers:
+        if not isinstance(logger, CSVLogger | TensorBoardLogger):
+            logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
 
 
 def serialise(transform: Any) -> dict[str, Any] | None:
