@@ -37,8 +37,8 @@ def check_pair(teacher: Network, student: Network) -> Pair:
     if found[0] is None or found[1] is None or type(teacher.encoder) is not type(student.encoder):
         raise UserError(
             f"solve: cannot solve {_kind(student)} from {_kind(teacher)}: expected two networks of one family, MiT "
-            "(segformer_b0 … b5) or PVTv2 (pvt_v2_b0 … b5). Choose such a pair, or how='select' for any two networks "
-            "whose parameters correspond by name"
+            "(segformer_b0 … b5) or PVTv2 (pvt_v2_b0 … b5). Choose such a pair, or "
+            "student.from_teacher=select (in Python how='select') for any two networks whose parameters correspond by name"
         )
     pair = Pair(found[0], found[1])
     if len(pair.teacher) != len(pair.student) or teacher.scale != student.scale:
@@ -80,7 +80,8 @@ def _check_stage(i: int, theirs: Stage, ours: Stage) -> None:
         if its != mine:
             raise UserError(
                 f"solve: the {what} of stage {i} is {mine} in the student and {its} in the teacher; expected the "
-                "same positions in both. Give the student the teacher's, or say how='select'"
+                "same positions in both. Give the student the teacher's, or choose "
+                "student.from_teacher=select (in Python how='select')"
             )
 
 
