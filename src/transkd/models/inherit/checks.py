@@ -38,7 +38,7 @@ def check_pair(teacher: Network, student: Network) -> Pair:
         raise UserError(
             f"solve: cannot solve {_kind(student)} from {_kind(teacher)}: expected two networks of one family, MiT "
             "(segformer_b0 … b5) or PVTv2 (pvt_v2_b0 … b5). Choose such a pair, or "
-            "student.from_teacher=select (in Python how='select') for any two networks whose parameters correspond by name"
+            "student.from_teacher=select (in Python how='select') for two networks whose parameters correspond by name"
         )
     pair = Pair(found[0], found[1])
     if len(pair.teacher) != len(pair.student) or teacher.scale != student.scale:
