@@ -93,17 +93,8 @@ def run(cfg: DictConfig) -> None:
     resumed_from = None if checkpoint is None else str(checkpoint.path)
     facts = {"name": settings.name, "seed": settings.seed, "resumed_from": resumed_from, "start": start}
     rehearse_writing(student, notes, facts)
-    distiller = Distiller(
-        student,
-        criterion,
-        frozen,
-        optimization,
-        settings.protocol,
-        device,
-        notes,
-        settings.gradients_every,
-        Capture(Path(settings.run_dir)),
-    )
+    every, capture = settings.gradients_every, Capture(Path(settings.run_dir))
+    distiller = Distiller(student, criterion, frozen, optimization, settings.protocol, device, notes, every, capture)
     if checkpoint is not None:
         trainer.callbacks.append(History(checkpoint.path, checkpoint.steps))  # type: ignore[attr-defined]
     log_configuration(cfg, trainer)
