@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from runs import assert_identical, composed, results
+from runs import assert_identical, composed, results, student
 from torch import nn
 
 from transkd.errors import UserError
@@ -151,5 +151,7 @@ def test_a_score_leaves_a_network_in_its_dtype():
 def test_a_student_that_starts_from_its_teacher_at_any_precision(tmp_path, precision):
     small = [f"+{who}.network.encoder.channels=[8,16,40,64]" for who in ("student", "teacher")]
     start = ["student.from_teacher=solve", "student.solve.images=2", "term=[csf,fitnet]", "trainer.max_epochs=1"]
-    run(composed(tmp_path, "run", *small, *start, f"trainer.precision={precision}", "distill=none", "pictures=0"))
+    for name in ("run", "again"):  # the first trains the teacher, the second finds it
+        run(composed(tmp_path, name, *small, *start, f"trainer.precision={precision}", "distill=none", "pictures=0"))
     assert results(tmp_path, "run")["mIoU"] >= 0
+    assert_identical(student(tmp_path, "run"), student(tmp_path, "again"))
