@@ -54,19 +54,22 @@ def test_a_schedule_that_never_turns_on_stops_the_run_at_once(root, monkeypatch,
 
 
 def test_the_early_look_at_schedules_asks_for_no_epochs_and_counts_every_step(root):
-    late = "+criterion.terms.pea.schedule={_target_:transkd.losses.Schedule,start:1,unit:step}"
-
-    def look(*settings):
+    def look(start, *settings):
+        late = f"+criterion.terms.pea.schedule={{_target_:transkd.losses.Schedule,{start}}}"
         cfg = composed(root, "look", *SHORT, late, *settings)
         cfg.channels.student = cfg.channels.teacher = [8, 16, 40, 64]
         data = instantiate(cfg.data)
         data.prepare_data()
         check_schedules(instantiate(cfg.criterion), data, TrainerSettings.read(cfg.trainer))
 
-    look("trainer.max_epochs=null")
-    look("trainer.max_epochs=1", "trainer.accumulate_grad_batches=3")  # 4 batches are 2 steps
+    second = "start:1,unit:step"
+    look(second, "trainer.max_epochs=null")
+    look(second, "trainer.max_epochs=1", "trainer.accumulate_grad_batches=3")  # 4 batches are 2 steps
     with pytest.raises(UserError, match="the run has 1 epochs and 1 steps"):
-        look("trainer.max_epochs=1", "trainer.accumulate_grad_batches=4")
+        look(second, "trainer.max_epochs=1", "trainer.accumulate_grad_batches=4")
+    look("start:2,unit:epoch", "trainer.max_epochs=-1", "+trainer.max_steps=9")
+    with pytest.raises(UserError, match="the run has 2 epochs and 8 steps"):  # max_steps ends it first
+        look("start:2,unit:epoch", "trainer.max_epochs=100", "+trainer.max_steps=8")
 
 
 @pytest.mark.slow

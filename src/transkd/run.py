@@ -227,7 +227,7 @@ def fit_teacher(
     """Train the teacher with the student's recipe and store it in the run's folder, until its score is known."""
     epochs = settings.teacher.fit.max_epochs
     log.info("teacher: training %s for %d epochs first", network.name, epochs)
-    task = build.build_task(cfg)
+    task, dtype = build.build_task(cfg), network.mean.dtype
     device.compile(network, *task.terms.values(), keep_graph=bool(settings.gradients_every))
     distiller = Distiller(
         network,
@@ -244,6 +244,7 @@ def fit_teacher(
     if trainer.is_global_zero:
         notes = {"experiment": f"{settings.name}, teacher", "eval_transform": serialise(data.eval_transform)}
         save_segmenter(network, path, data.classes, **notes)
+    network.to(dtype)  # as in a later run, which loads the file: Lightning converts it for precisions such as 64-true
     trainer.strategy.barrier("teacher saved")
     log.info("teacher: trained, and stored as %s until it is scored", path)
 

@@ -136,6 +136,16 @@ def shown_in(output, dtype):
     )
 
 
+def test_networks_and_terms_in_bfloat16_throughout(term, widths):
+    student, teacher, target = make_pair(*widths)
+    expected = called(copy.deepcopy(term), student, teacher, target)
+    halves = [shown_in(part, torch.bfloat16)._replace(image=part.image.bfloat16()) for part in (student, teacher)]
+    value = called(term.bfloat16(), *halves, target)
+    torch.testing.assert_close(value.float(), expected, rtol=0.1, atol=0.02)
+    value.backward()
+    assert any(gradient.abs().sum() > 0 for gradient in gradients(student))
+
+
 @HALVES
 def test_half_precision_outputs_under_autocast(term, dtype, widths):
     """What networks under autocast show is half precision itself; the numbers are the same as widened before."""

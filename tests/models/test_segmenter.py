@@ -24,6 +24,15 @@ SIZES = {
 }
 
 
+def test_a_network_in_bfloat16_takes_images_in_float32_at_any_scale():
+    network = create_segmenter("segformer_b0", 3, scale=0.5, encoder={"channels": [8, 16, 40, 64], "depths": [1] * 4})
+    expected = network.normalise(PIXELS)
+    for image in (PIXELS, PIXELS / 255):
+        shown = network.bfloat16().normalise(image)
+        assert shown.dtype == torch.bfloat16
+        torch.testing.assert_close(shown.float(), expected, rtol=0.02, atol=0.05)
+
+
 def count(network):
     return sum(parameter.numel() for parameter in network.parameters())
 

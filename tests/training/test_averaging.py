@@ -51,6 +51,19 @@ def test_the_average_by_hand():
     assert module.student.weight.item() == pytest.approx(expected)
 
 
+def test_a_batch_without_a_step_counts_nothing_at_the_start_of_a_run_either():
+    module, trainer, callback = Module(), Trainer(), StudentAverage(0.5)
+    callback.on_fit_start(trainer, module)
+    callback.on_load_checkpoint(trainer, module, {"student_average_count": 5})
+    trainer.global_step = 5
+    callback.on_train_start(trainer, module)
+    callback.on_train_batch_end(trainer, module, None, None, 0)  # gradients are accumulated
+    assert callback._count == 5
+    trainer.global_step = 6
+    callback.on_train_batch_end(trainer, module, None, None, 1)
+    assert callback._count == 6
+
+
 def test_a_decay_of_zero_is_the_last_weights(tmp_path):
     settings = ["distill=none", *TINY_NETWORKS, "trainer.max_epochs=1", "pictures=0"]
     run(composed(tmp_path, "plain", *settings))
@@ -59,8 +72,17 @@ def test_a_decay_of_zero_is_the_last_weights(tmp_path):
     assert results(tmp_path, "plain")["mIoU"] == results(tmp_path, "averaged")["mIoU"]
 
 
-def test_a_resumed_run_ends_with_the_undisturbed_average(tmp_path, monkeypatch):
-    settings = ["distill=none", *TINY_NETWORKS, "trainer.max_epochs=3", "student.ema=0.9", "pictures=0"]
+@pytest.mark.parametrize(
+    "length",
+    [
+        ["trainer.max_epochs=3", "trainer.accumulate_grad_batches=3"],
+        ["trainer.max_epochs=-1", "+trainer.max_steps=11"],
+        pytest.param(["trainer.max_epochs=3", "trainer.precision=64-true"], marks=pytest.mark.slow),
+    ],
+    ids=["accumulating", "by steps", "float64"],
+)
+def test_a_resumed_run_ends_with_the_undisturbed_average(tmp_path, monkeypatch, length):
+    settings = ["distill=none", *TINY_NETWORKS, *length, "student.ema=0.9", "pictures=0"]
     run(composed(tmp_path, "undisturbed", *settings))
     step = Distiller.training_step
 
@@ -82,6 +104,8 @@ def test_a_resumed_run_ends_with_the_undisturbed_average(tmp_path, monkeypatch):
     assert not torch.equal(held["state_dict"][f"student.{name}"], held["current_student"][name])
     run(composed(tmp_path, "resumed", *settings, f"ckpt_path={last}"))
     assert_identical(student(tmp_path, "undisturbed"), student(tmp_path, "resumed"))
+    files = [(tmp_path / name / "metrics.csv").read_text() for name in ("undisturbed", "resumed")]
+    assert files[0] == files[1]
 
 
 def test_a_decay_out_of_range():

@@ -1,5 +1,6 @@
 """trainer.precision=auto follows the hardware, compile=auto the length of the run, the optimizer its kernels."""
 
+import copy
 import functools
 import logging
 from types import SimpleNamespace
@@ -7,15 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from runs import assert_identical, composed, results, student
 from torch import nn
 
 from transkd.errors import UserError
+from transkd.models import create_segmenter
+from transkd.run import run
 from transkd.settings import TrainerSettings
 from transkd.training import device as device_module
 from transkd.training.device import EARNED, Device
 from transkd.training.optimization import Optimization
 from transkd.training.precision import choose_precision
 from transkd.training.rehearsal import planned_steps
+from transkd.training.scoring import score
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -124,3 +129,29 @@ def test_lightning_clips_the_gradients_of_the_optimizer_under_autocast(precision
     MixedPrecision(precision, "cpu").clip_gradients(optimizer, 1.0)
     assert weight.grad.norm().item() == pytest.approx(1.0, rel=1e-4)
     assert configured(functools.partial(torch.optim.AdamW, lr=1e-3), precision).defaults["fused"] is True
+
+
+def test_a_score_leaves_a_network_in_its_dtype():
+    class InDouble:
+        def validate(self, scorer, datamodule, verbose):
+            scorer.double()  # as Lightning does for trainer.precision=64-true
+            scorer.scores = SimpleNamespace(miou=torch.tensor(0.5))
+
+    network = create_segmenter("segformer_b0", 3, encoder={"channels": [8, 16, 40, 64], "depths": [1] * 4})
+    before = copy.deepcopy(network.state_dict())
+    score(network, SimpleNamespace(), "full-res", InDouble())
+    assert {name: tensor.dtype for name, tensor in before.items()} == {
+        name: tensor.dtype for name, tensor in network.state_dict().items()
+    }
+    assert_identical(before, network.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_a_student_that_starts_from_its_teacher_at_any_precision(tmp_path, precision):
+    small = [f"+{who}.network.encoder.channels=[8,16,40,64]" for who in ("student", "teacher")]
+    start = ["student.from_teacher=solve", "student.solve.images=2", "term=[csf,fitnet]", "trainer.max_epochs=1"]
+    for name in ("run", "again"):  # the first trains the teacher, the second finds it
+        run(composed(tmp_path, name, *small, *start, f"trainer.precision={precision}", "distill=none", "pictures=0"))
+    assert results(tmp_path, "run")["mIoU"] >= 0
+    assert_identical(student(tmp_path, "run"), student(tmp_path, "again"))

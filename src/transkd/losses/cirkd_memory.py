@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
+from transkd.losses.shared.adapters import as_weights
 from transkd.losses.shared.checks import (
     check_count,
     check_positive,
@@ -150,7 +151,7 @@ class CIRKDMemoryLoss(nn.Module):
                 "CIRKDMemoryLoss cannot normalise a batch of one whose map is 1 x 1: it has one value per channel. "
                 "Use larger images or a larger batch, or a shallower stage."
             )
-        return F.normalize(widen(self.head(features)), dim=1, eps=1e-12)
+        return F.normalize(widen(self.head(as_weights(self.head, features))), dim=1, eps=1e-12)
 
     @torch.no_grad()
     def remember(self, keys: Tensor, labels: Tensor, valid: Tensor, *, priority: Tensor | None = None) -> None:

@@ -121,7 +121,7 @@ class Criterion(nn.Module):
             self._calibrated = int(self.auto_steps) >= CALIBRATION_STEPS
         return not self._calibrated and self.training
 
-    def check_schedules(self, steps: int, epochs: int) -> None:
+    def check_schedules(self, steps: int, epochs: float) -> None:
         """Check that every schedule is above 0 at some step of a run of that length.
 
         Raises:
@@ -132,7 +132,7 @@ class Criterion(nn.Module):
                 raise UserError(_OFF_AT_FIRST.format(name))
             if not any(self._factor(name, Progress(step, steps, epochs)) for step in range(steps)):
                 raise UserError(
-                    f"Term {name!r}: {self.schedules[name]} never turns on at a step of a run of {epochs} epochs and "
+                    f"Term {name!r}: {self.schedules[name]} never turns on at a step of a run of {epochs:g} epochs and "
                     f"{steps} steps. Move or widen it, or leave the term out."
                 )
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transkd.errors import UserError
+from transkd.losses.shared.adapters import as_weights
 from transkd.losses.shared.checks import check_choice, check_positive, check_stages, paired_channels, stage_pairs
 from transkd.losses.shared.distances import widen
 from transkd.losses.shared.grids import on_grid
@@ -127,8 +128,12 @@ def generation_error(
         >>> generation_error(*pair, torch.nn.Identity(), mask=torch.ones(2, 1, 4, 4))  # 2² · 3 · 4 · 4
         tensor(192.)
     """
-    error = F.mse_loss(widen(generator(student * mask)), teacher.detach(), reduction=reduction)
+    error = F.mse_loss(widen(_generated(generator, student * mask)), teacher.detach(), reduction=reduction)
     return error / len(teacher) if reduction == "sum" else error
+
+
+def _generated(generator: Callable[[Tensor], Tensor], masked: Tensor) -> Tensor:
+    return generator(as_weights(generator, masked) if isinstance(generator, nn.Module) else masked)
 
 
 def draw_mask(features: Tensor, kind: str, ratio: float) -> Tensor:

@@ -17,16 +17,16 @@ class Progress(NamedTuple):
     Attributes:
         step: completed optimiser steps.
         steps: optimiser steps of the whole run.
-        epochs: epochs of the whole run.
+        epochs: epochs of the whole run; not a whole number if it ends within one.
     """
 
     step: int
     steps: int
-    epochs: int
+    epochs: float
 
     def measured_in(self, unit: str) -> float:
         """Progress as a fraction of the run, in epochs, or in steps."""
-        return {"run": 1.0, "epoch": float(self.epochs), "step": float(self.steps)}[unit] * self.step / self.steps
+        return {"run": 1.0, "epoch": self.epochs, "step": float(self.steps)}[unit] * self.step / self.steps
 
 
 class Schedule:
@@ -84,7 +84,7 @@ class Schedule:
         if self.start >= Progress(progress.steps, progress.steps, progress.epochs).measured_in(self.unit):
             raise UserError(
                 f"Schedule: it never turns on: start={self.start:g} in units of a {self.unit}, but the run has "
-                f"{progress.epochs} epochs and {progress.steps} steps."
+                f"{progress.epochs:g} epochs and {progress.steps} steps."
             )
         now = progress.measured_in(self.unit)
         if not self.start <= now < self.end:

@@ -12,7 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
 from transkd.errors import UserError
+from transkd.losses.shared.adapters import as_weights
 from transkd.losses.shared.checks import check_choice, check_count, check_positive
+from transkd.losses.shared.distances import widen
 from transkd.losses.shared.grids import GRIDS, logits_pair
 from transkd.losses.shared.pieces import full_precision, positions_of
 from transkd.outputs import SegmentationOutput
@@ -181,8 +183,7 @@ class LogitDiscriminator(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         """Compute the scores."""
-        scores: Tensor = self.score(self.layers(self.norm(logits)))
-        return scores
+        return widen(self.score(self.layers(self.norm(as_weights(self.norm, logits)))))
 
 
 class SelfAttention(nn.Module):

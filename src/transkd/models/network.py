@@ -70,11 +70,14 @@ class Network(nn.Module):
         """Convert RGB [B, 3, H, W], uint8 or float in [0, 1], to the network's input."""
         if image.ndim != 4 or image.shape[1] != 3:
             raise UserError(f"expected RGB images [B, 3, H, W], got a tensor of shape {list(image.shape)}")
-        if image.dtype == torch.uint8:
-            image = image.to(self.mean.dtype) / 255
+        byte = image.dtype == torch.uint8
+        image = image.to(self.mean.dtype)  # a float image too: protocols give float32 to a network in bfloat16
+        if byte:
+            image = image / 255
         if self.scale != 1:
             size = [math.ceil(self.scale * side) for side in image.shape[-2:]]
-            image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
+            wide = image.float() if image.itemsize < 4 else image  # antialiasing of halves is not on every device
+            image = F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=True).to(image)
         return (image - self.mean) / self.std
 
     def forward(self, image: Tensor, needs: Collection[str] = EVERYTHING) -> SegmentationOutput:

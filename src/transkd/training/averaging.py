@@ -35,7 +35,7 @@ class StudentAverage(L.Callback):
             raise UserError(f"student.ema={decay}: expected a number from 0 to below 1")
         self.decay = decay
         self.average: AveragedModel | None = None
-        self._count, self._step = 0, -1
+        self._count, self._step = 0, 0
         self._current: dict[str, torch.Tensor] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -46,6 +46,10 @@ class StudentAverage(L.Callback):
             if self._current is not None:  # resumed: until now the student holds the average
                 _student(pl_module).load_state_dict(self._current)
                 self._current = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from the step at which the run begins, which is not 0 if it is resumed."""
+        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -11,6 +11,7 @@ from transkd.models import FrozenTeacher, Network
 from transkd.models.storage.card import CARD, describe
 from transkd.training.capture import Capture, Step, random_state
 from transkd.training.device import Device
+from transkd.training.length import length_of
 from transkd.training.optimization import Optimization, follow_schedule, groups_of
 from transkd.training.scoring import Scorer
 
@@ -83,8 +84,12 @@ class Distiller(Scorer):
         return [parameter for parameter in self.student.parameters() if parameter.requires_grad]
 
     def _progress(self) -> Progress:
-        steps = int(self.trainer.estimated_stepping_batches)
-        return Progress(self.global_step, steps, self.trainer.max_epochs or 1)
+        length = length_of(self.trainer)
+        if length is None:
+            raise UserError(
+                "a term has a schedule, but the run has no length for it: set trainer.max_epochs or trainer.max_steps"
+            )
+        return Progress(self.global_step, length.steps, length.epochs)
 
     def _stop_if_not_finite(self) -> None:
         """Raise an error, and write the step, if its loss is not finite; the weights are still those of the step."""
@@ -160,6 +165,10 @@ class Distiller(Scorer):
         """Let a resumed run follow its own schedule: it may be longer than that of the checkpoint."""
         schedules = [found.scheduler for found in self.trainer.lr_scheduler_configs]
         follow_schedule(self.trainer.optimizers[0], schedules[0] if schedules else None, self.configured)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Convert to the dtype of the training first, as Lightning loads weights before; float64 would be rounded."""
+        self.trainer.precision_plugin.convert_module(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the student's description; raise an error instead of overwriting a good checkpoint with NaN weights."""

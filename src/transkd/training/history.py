@@ -30,9 +30,11 @@ class History(L.Callback):
         self.folder = self.checkpoint.parent
         # read now: in the same folder the logger deletes the file
         self.rows = _rows_before(self.folder.parent / "metrics.csv", steps)
+        self.between_epochs = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Copy the best checkpoint and let its callback know its score, which Lightning drops in another folder."""
+        self.between_epochs = _close_epoch(checkpoint["loops"]["fit_loop"]["epoch_progress"])
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(callback.state_key)
             if isinstance(callback, ModelCheckpoint) and state and callback.dirpath is not None:
@@ -69,10 +71,23 @@ class History(L.Callback):
         return found[max(found)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin ``metrics.csv`` with the rows of the earlier run."""
+        """Begin ``metrics.csv`` with the rows of the earlier run, and the next epoch where one is complete."""
+        if self.between_epochs:  # with trainer.max_steps Lightning would look for the rest of the complete epoch
+            trainer.fit_loop.epoch_loop.restarting = False
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger) and trainer.is_global_zero:
                 logger.experiment.metrics[:0] = self.rows
+
+
+def _close_epoch(progress: dict[str, Any]) -> bool:
+    """Count an epoch as completed if the checkpoint was written at its end, and say whether it was.
+
+    Lightning writes before it counts, and counts later only without ``trainer.max_steps``.
+    """
+    done: bool = progress["current"]["processed"] == progress["current"]["ready"]
+    for counts in progress.values() if done else ():
+        counts["completed"] = counts["processed"]
+    return done
 
 
 def _rows_before(file: Path, steps: int) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Optimizer and schedule of a run."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from transkd.errors import UserError
+from transkd.training.length import length_of
 
 __all__ = ["Optimization", "follow_schedule", "groups_of"]
 
@@ -54,19 +56,21 @@ class Optimization:
         """Build the value that ``LightningModule.configure_optimizers`` returns."""
         # Lightning refuses to clip gradients under autocast for a fused optimizer, in bf16 too
         clips = trainer.precision in ("16-mixed", "bf16-mixed") and trainer.gradient_clip_val
-        run = None
-        if self.scheduler is not None:
-            run = trainer.max_epochs if self.interval == "epoch" else trainer.estimated_stepping_batches
-        optimizer, schedule = self.build_both(parameters, int(self.horizon or run or 1), fused=not clips)
+        total = self.horizon
+        if self.scheduler is not None and total is None and (length := length_of(trainer)) is not None:
+            total = math.ceil(length.epochs) if self.interval == "epoch" else length.steps
+        optimizer, schedule = self.build_both(parameters, total, fused=not clips)
         if schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.interval}}
 
-    def build_both(self, parameters: Iterable[nn.Parameter], total: int, fused: bool = True) -> tuple[Optimizer, Any]:
+    def build_both(
+        self, parameters: Iterable[nn.Parameter], total: int | None, fused: bool = True
+    ) -> tuple[Optimizer, Any]:
         """Build optimizer and schedule for a run of ``total`` ticks; the schedule is None without a scheduler.
 
         Raises:
-            UserError: PyTorch does not accept an argument.
+            UserError: PyTorch does not accept an argument, or a schedule needs ``total`` and it is None.
         """
         try:
             optimizer = self.build(parameters, fused)
@@ -80,7 +84,7 @@ class Optimization:
             hint = " (an argument is left out with ~optim.scheduler.NAME)" if "unexpected keyword" in str(error) else ""
             raise UserError(f"optim.scheduler: {error}{hint}") from error
 
-    def _length(self, total: int) -> dict[str, int]:
+    def _length(self, total: int | None) -> dict[str, int]:
         """The argument by which this scheduler takes its length, unless the configuration gives it."""
         assert self.scheduler is not None
         given = getattr(self.scheduler, "keywords", {})
@@ -90,7 +94,13 @@ class Optimization:
             return {}
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
         names = [name for name in LENGTHS if name in accepted] or (["total"] if takes_any else [])
-        return {name: total for name in names[:1] if name not in given}
+        missing = [name for name in names[:1] if name not in given]
+        if missing and total is None:
+            raise UserError(
+                "the schedule of the learning rate needs the length of the run: set trainer.max_epochs, "
+                "trainer.max_steps or optim.horizon, or leave the schedule out with optim.scheduler=null"
+            )
+        return {name: max(total or 0, 1) for name in missing}
 
 
 def groups_of(made: Any) -> list[dict[str, Any]]:

@@ -41,14 +41,18 @@ def planned_steps(data: SegmentationDataModule, trainer: TrainerSettings) -> int
     """Optimizer steps of a run on one device; None if ``max_epochs`` and ``max_steps`` do not limit it."""
     if trainer.fast_dev_run:
         return int(trainer.fast_dev_run)
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if (trainer.max_epochs or -1) > 0:
+        limits.append((trainer.max_epochs or 0) * _steps_of_an_epoch(data, trainer))
+    return min(limits, default=None)
+
+
+def _steps_of_an_epoch(data: SegmentationDataModule, trainer: TrainerSettings) -> int:
     batches = data.batches()
     limit = trainer.limit_train_batches
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if (trainer.max_epochs or -1) > 0:  # the remaining batches of an epoch are a step too
-        limits.append((trainer.max_epochs or 0) * -(-batches // trainer.accumulate_grad_batches))
-    return min(limits, default=None)
+    return -(-batches // trainer.accumulate_grad_batches)  # the remaining batches of an epoch are a step too
 
 
 def check_schedules(criterion: Criterion, data: SegmentationDataModule, trainer: TrainerSettings) -> None:
@@ -61,7 +65,8 @@ def check_schedules(criterion: Criterion, data: SegmentationDataModule, trainer:
     """
     steps = planned_steps(data, trainer)
     if steps:
-        criterion.check_schedules(steps, trainer.max_epochs or 0)
+        epochs = 1 if trainer.fast_dev_run else steps / max(1, _steps_of_an_epoch(data, trainer))
+        criterion.check_schedules(steps, epochs)
 
 
 def class_problems(

@@ -77,15 +77,17 @@ class Scorer(L.LightningModule):
 def score(
     network: Network, data: SegmentationDataModule, protocol: str, trainer: L.Trainer, device: Device | None = None
 ) -> Scores:
-    """Evaluate a network on the validation split; restores its training mode.
+    """Evaluate a network on the validation split; restores its training mode and its dtype.
 
     Raises:
         UserError: no image was scored, or none of their pixels has a class.
     """
     scorer = Scorer(network, protocol, device, getattr(data, "conditions", ()))
-    was_training = network.training
+    was_training, dtype = network.training, network.mean.dtype
     trainer.validate(scorer, datamodule=data, verbose=False)
     network.train(was_training)
+    if network.mean.dtype != dtype:  # Lightning converts it for precisions such as 64-true
+        network.to(dtype)
     if scorer.scores is None:
         raise UserError(
             "no validation image was scored, so there is no mIoU: expected trainer.limit_val_batches of at least one "

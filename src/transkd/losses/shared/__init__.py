@@ -1,6 +1,6 @@
 """Building blocks of the terms, public for terms defined elsewhere: checks, grids, distances and adapters."""
 
-from transkd.losses.shared.adapters import adapt, stage_adapters
+from transkd.losses.shared.adapters import adapt, as_weights, stage_adapters
 from transkd.losses.shared.checks import (
     check_choice,
     check_count,
@@ -26,6 +26,7 @@ from transkd.losses.shared.grids import feature_pairs, labels_on_grid, logits_pa
 
 __all__ = [
     "adapt",
+    "as_weights",
     "channel_kl",
     "check_choice",
     "check_count",

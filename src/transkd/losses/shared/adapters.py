@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transkd.errors import UserError
 from transkd.losses.shared.checks import check_choice, check_stages, name_of
 
-__all__ = ["adapt", "stage_adapters"]
+__all__ = ["adapt", "as_weights", "stage_adapters"]
 
 ADAPTERS = ("conv", "conv_bn_relu", None)
 
@@ -72,5 +72,10 @@ def adapt(term: object, adapters: nn.ModuleDict, stage: int, maps: Tensor) -> Te
             f"{name_of(term)} cannot normalise a batch of one whose map is 1 x 1: it has one value per channel. "
             "Use larger images or a larger batch, or set adapter to 'conv'."
         )
-    adapted: Tensor = adapter(maps)
+    adapted: Tensor = adapter(as_weights(adapter, maps))
     return adapted
+
+
+def as_weights(module: nn.Module, maps: Tensor) -> Tensor:
+    """Convert widened maps to the dtype of a module's weights, which is not theirs under ``precision=bf16-true``."""
+    return maps.to(next((parameter.dtype for parameter in module.parameters()), maps.dtype))
