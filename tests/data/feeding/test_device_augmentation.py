@@ -102,6 +102,15 @@ def test_frames_of_different_sizes_make_one_batch():
         both(A.Compose([A.HorizontalFlip()]), frames[:2], [0, 1])
 
 
+def test_an_image_that_is_smaller_than_the_crop_is_named():
+    planned = PlannedDataset(
+        Frames(frame(40, 40), frame(20, 40)), DeviceAugmentation(A.Compose([A.RandomCrop(32, 32)])).plan
+    )
+    assert planned[0, 0].rows.shape == (32,)
+    with pytest.raises(UserError, match=r"data\.train_transform .* fails on 1\.png, 20×40 pixels: Crop size"):
+        planned[1, 0]
+
+
 def test_only_what_a_sample_shows_is_sent():
     augmentation = DeviceAugmentation(A.Compose([A.RandomScale((1.0, 1.0), p=1.0), A.RandomCrop(20, 20)]))
     sample = PlannedDataset(Frames(frame(48, 64)), augmentation.plan)[0, 3]

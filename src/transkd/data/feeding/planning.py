@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transkd.data.dataset import SegmentationDataset
+from transkd.data.transformed import failed
 from transkd.errors import UserError
 
 __all__ = ["OUTSIDE", "Axis", "Jitter", "Plan", "PlannedBatch", "PlannedDataset", "PlannedSample", "collate_planned"]
@@ -139,7 +140,11 @@ class PlannedDataset(Dataset[PlannedSample]):
     def __getitem__(self, key: tuple[int, int]) -> PlannedSample:
         """Return the part of the frame that the sample shows, with its plan."""
         index, seed = key
-        image, label, (rows, columns, colours) = self.plan(*self.dataset.frame(index), seed)
+        frame, whole_label = self.dataset.frame(index)
+        try:
+            image, label, (rows, columns, colours) = self.plan(frame, whole_label, seed)
+        except Exception as error:
+            raise failed(self.dataset.pairs[index].image, frame, error) from error
         (top, bottom), (left, right) = _extent(rows), _extent(columns)
         return PlannedSample(
             image[top:bottom, left:right],
