@@ -59,7 +59,8 @@ def collate(samples: Sequence[Batch | PlacedBatch]) -> Batch | PlacedBatch:
     places = [getattr(sample, "place", None) for sample in samples]
     if all(place is None for place in places):
         return batch
-    return PlacedBatch(*batch, torch.stack([torch.eye(2, 3) if place is None else place for place in places]))
+    places = [torch.eye(2, 3) if place is None else place for place in places]
+    return PlacedBatch(*batch, torch.stack(places).view(torch.int32))
 
 
 class SegmentationDataModule(L.LightningDataModule):
@@ -241,6 +242,8 @@ class SegmentationDataModule(L.LightningDataModule):
         if isinstance(batch, PlannedBatch):
             assert self._augmentation is not None
             batch = self._augmentation.apply(batch)
+        if isinstance(batch, PlacedBatch):
+            batch = batch._replace(place=batch.place.view(torch.float32))
         if not isinstance(batch, Batch | PlacedBatch):
             return batch
         target = batch.target.long()

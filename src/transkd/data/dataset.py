@@ -58,7 +58,8 @@ class PlacedBatch(NamedTuple):
         image: as in ``Batch``.
         target: as in ``Batch``, at the labels' own size.
         name: as in ``Batch``.
-        place: by which ``transkd.layers.restored`` brings scores to the labels, [B, 2, 3].
+        place: by which ``transkd.layers.restored`` brings scores to the labels, [B, 2, 3]; from the loader the bits of
+            float32 as int32, since Lightning rounds all floating-point numbers of a batch to ``trainer.precision``.
     """
 
     image: Tensor

@@ -106,7 +106,11 @@ class PlannedSample(NamedTuple):
 
 
 class PlannedBatch(NamedTuple):
-    """A batch of planned samples; images and targets are zero-padded to the largest [B, H, W, …]."""
+    """A batch of planned samples; images and targets are zero-padded to the largest [B, H, W, …].
+
+    Rows and columns are the bits of float32 as int32: Lightning rounds all floating-point numbers of a batch to
+    ``trainer.precision``.
+    """
 
     image: Tensor
     target: Tensor
@@ -194,7 +198,7 @@ def collate_planned(samples: Sequence[PlannedSample]) -> PlannedBatch:
         return torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
 
     names = [sample.name for sample in samples]
-    rows, columns = stack("rows"), stack("columns")
+    rows, columns = (stack(name).view(torch.int32) for name in ("rows", "columns"))
     colours: list[Any] = [
         torch.from_numpy(np.stack(column)) if isinstance(column[0], np.ndarray) else list(column)
         for column in zip(*(sample.colours for sample in samples), strict=True)
