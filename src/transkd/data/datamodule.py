@@ -59,8 +59,8 @@ def collate(samples: Sequence[Batch | PlacedBatch]) -> Batch | PlacedBatch:
     places = [getattr(sample, "place", None) for sample in samples]
     if all(place is None for place in places):
         return batch
-    places = [torch.eye(2, 3) if place is None else place for place in places]
-    return PlacedBatch(*batch, torch.stack(places).view(torch.int32))
+    place = torch.stack([torch.eye(2, 3) if place is None else place for place in places])
+    return PlacedBatch(*batch, place.view(torch.int32))
 
 
 class SegmentationDataModule(L.LightningDataModule):
