@@ -81,6 +81,14 @@ def test_a_rule_becomes_numbers_in_the_configuration(data, configuration, tmp_pa
     assert "no training label has a pixel of train" in caplog.text
 
 
+def test_a_rule_that_refers_to_that_of_another_term(data, configuration, tmp_path):
+    terms = configuration.criterion.terms
+    terms.dice.term.class_weights = "${criterion.terms.task.term.class_weights}"
+    fill_class_weights(configuration, data, tmp_path / "kept")
+    assert terms.dice.term.class_weights == terms.task.term.class_weights
+    assert len(terms.dice.term.class_weights) == 3
+
+
 def test_counts_are_kept_until_a_label_changes(data, configuration, tmp_path):
     fill_class_weights(configuration.copy(), data, tmp_path / "kept")
     (kept,) = (tmp_path / "kept").glob("*.json")

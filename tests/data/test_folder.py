@@ -92,8 +92,9 @@ def test_names_are_compared_in_normal_form(tmp_path):
     assert composed != decomposed
     make(tmp_path, f"images/train/{decomposed}.png", f"labels/train/{composed}.png", "train.txt")
     assert len(find_folder(tmp_path, "train")) == 1
-    (tmp_path / "train.txt").write_text(f"{composed}\n", encoding="utf-8")
-    assert len(find_folder(tmp_path, "train", index="{split}.txt")) == 1
+    for line in (composed, f"{composed}.png", f"{decomposed}.png"):
+        (tmp_path / "train.txt").write_text(f"{line}\n", encoding="utf-8")
+        assert len(find_folder(tmp_path, "train", index="{split}.txt")) == 1
     with pytest.raises(UserError, match="two images have the same name"):
         by_stem([Path(f"{composed}.png"), Path(f"{decomposed}.png")])
     assert named(decomposed) == composed
@@ -130,6 +131,15 @@ def test_a_name_with_a_space(tmp_path):
     make(tmp_path, "images/train/my car.png", "labels/train/my car.png")
     (tmp_path / "train.txt").write_text("my car.png\n")
     assert len(find_folder(tmp_path, "train", index="{split}.txt")) == 1
+
+
+@pytest.mark.parametrize("separator", ["\t", ","])
+def test_two_files_with_spaces_in_their_names(tmp_path, separator):
+    decomposed = unicodedata.normalize("NFD", "mein Gerät.jpg")
+    make(tmp_path, f"all/{decomposed}", "all/m 1.png", "all/other.png")
+    (tmp_path / "train.txt").write_text(f"all/mein Gerät.jpg{separator}all/m 1.png\n", encoding="utf-8")
+    found = find_folder(tmp_path, "train", "all/*.jpg", "all/*.png", "{split}.txt")
+    assert names(found, tmp_path) == [(f"all/{decomposed}", "all/m 1.png")]
 
 
 def test_a_split_file_names_what_is_not_there(tmp_path):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 
-from transkd.data import ClassSet, Pair, PlacedBatch, SegmentationDataset
+from transkd.data import ClassSet, Pair, PlacedBatch, SegmentationDataModule, SegmentationDataset
 from transkd.data.datamodule import collate
 from transkd.data.geometry import ImageTransform
 from transkd.errors import UserError
@@ -194,11 +195,19 @@ def test_a_padded_image_keeps_its_label_and_says_where_it_lies(dataset):
     assert batch.place.shape == (2, 2, 3)
 
 
+@pytest.mark.parametrize("plugin", [HalfPrecision("bf16-true"), DoublePrecision()])
+def test_no_precision_of_the_trainer_moves_an_image(dataset, plugin):
+    data, _ = dataset(A.Compose([A.Resize(33, 47), A.PadIfNeeded(101, 77)]), transform_labels=False)
+    module = SegmentationDataModule(lambda root, split: [], "", "camvid", 11, 1)
+    batch = module.on_after_batch_transfer(plugin.convert_input(collate([data[0]])), 0)
+    assert torch.equal(batch.place[0], data[0].place)
+
+
 def test_images_with_and_without_a_place_in_one_batch(dataset):
     data, _ = dataset(A.HorizontalFlip(p=1), transform_labels=False)
     plain, _ = dataset(A.NoOp(), transform_labels=False)
     batch = collate([data[0], plain[0]])
-    assert batch.place[:, 0, 0].tolist() == [-1, 1]
+    assert batch.place.view(torch.float32)[:, 0, 0].tolist() == [-1, 1]
 
 
 @pytest.mark.parametrize("fill", [{}, {"fill_mask": 255}, {"fill_mask": 0}, {"fill_mask": 3}])

@@ -108,3 +108,13 @@ def test_a_frame_with_and_without_its_label_is_no_duplicate(data, camvid_root):
     again = Pair(camvid_root / "train" / ".." / "train" / pairs[0].image.name, None)
     found = inspect_split(SegmentationDataset([*pairs, again], CAMVID), "train")
     assert duplicates([found]) == []
+
+
+def test_images_without_labels_take_no_place_in_the_sample_of_labels(data):
+    pairs = data.dataset("train").pairs[:2]
+    unlabelled = [Pair(pair.image, None) for pair in data.dataset("val").pairs * 4]
+    found = inspect_split(SegmentationDataset([*pairs, *unlabelled], CAMVID, void=[11]), "train", sample=2)
+    assert (found.total, found.checked, found.labels) == (14, 4, (2, 2))
+    read = SegmentationDataset(pairs, CAMVID, void=[11]).read
+    assert found.pixels.tolist() == sum(np.bincount(read(i)[1].ravel(), minlength=256)[:11] for i in range(2)).tolist()
+    assert all("in the labels of train" in line for line in absent_classes(found, ["nowhere"] * 11))

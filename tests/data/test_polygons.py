@@ -74,6 +74,16 @@ def test_yolo_ids_beyond_the_classes_have_a_map(yolo):
     assert np.array_equal(mapped.dataset("train").read(0)[1], EXPECTED)
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("data.void=[7]", {0: 0, 7: 255}), ("data.label.reduce_zero_label=true", {0: 255, 1: 0, 2: 1})],
+)
+def test_yolo_ids_are_void_or_reduced_as_those_of_masks(yolo, setting, expected):
+    for value, class_id in expected.items():
+        (yolo / "labels" / "train" / "a.txt").write_text(" ".join(map(str, [value, *box(0, 0, 1, 1)])))
+        assert (composed("yolo", yolo, setting).dataset("train").read(0)[1] == class_id).all()
+
+
 def test_a_yolo_label_lies_on_the_upright_image(yolo):
     shown = np.repeat(EXPECTED[..., None], 3, axis=2)
     save(yolo / "images" / "train" / "a.jpg", stored_as(shown, 6), 6, quality=100)
@@ -187,6 +197,18 @@ def test_coco_background_and_ignored_categories(coco):
     assert labels[2][:, 1].tolist() == [1] * 6
 
 
+def test_coco_sizes_with_a_point_and_names_that_are_numbers(coco):
+    root, content = coco
+    for image in content["images"]:
+        image |= {"height": float(HEIGHT), "width": float(WIDTH)}
+    for category in content["categories"]:
+        category["name"] = {"car": 1, "bus": 2, "truck": 3}[category["name"]]
+    overrides = ["data.classes.names=['1','2']", "data.find.categories={3: '2'}"]
+    assert np.array_equal(composed("coco", write(root, content), *overrides).dataset("train").read(0)[1], EXPECTED)
+    with pytest.raises(UserError, match="has categories that are no class: 3; add"):
+        composed("coco", root, "data.classes.names=['1','2']").dataset("train")
+
+
 def test_coco_is_drawn_once(coco, monkeypatch):
     root, content = coco
     settings = {"names": ["car", "bus"], "categories": {"truck": None}}
@@ -273,6 +295,7 @@ def test_a_wrong_segmentation_is_named(coco):
     content["annotations"] = [{"image_id": 10, "category_id": 1, "segmentation": {"counts": [0, 6], "size": [2, 3]}}]
     with pytest.raises(UserError, match=r"an RLE of a\.png is 2×3, the image 6×8"):
         composed("coco", write(root, content), *SETTINGS).dataset("train")
-    content["annotations"][0]["segmentation"] = {"nothing": 1}
-    with pytest.raises(UserError, match=r"of an annotation of a\.png is neither polygons nor RLE"):
-        composed("coco", write(root, content), *SETTINGS).dataset("train")
+    for wrong in ({"nothing": 1}, [[[1, 1], [3, 1], [3, 3]]]):  # corners as pairs were taken for a line of no area
+        content["annotations"][0]["segmentation"] = wrong
+        with pytest.raises(UserError, match=r"of an annotation of a\.png is neither polygons nor RLE"):
+            composed("coco", write(root, content), *SETTINGS).dataset("train")

@@ -22,6 +22,7 @@ from transkd.data.synthetic import draw_scene
 from transkd.models import create_segmenter, load_segmenter, save_segmenter
 from transkd.models.storage import exporting
 from transkd.models.storage.exporting import plain_resize
+from transkd.models.storage.resizing import resize_steps
 
 CLASSES = len(CAMVID.names)
 NON_COMMERCIAL = [
@@ -218,6 +219,29 @@ def test_a_round_trip_through_hugging_face_loses_nothing(exported, network):
     assert card["eval_transform"] == RESIZE
 
 
+def test_what_transformers_trained_on_is_what_it_says_then(exported, tmp_path):
+    """Their save_pretrained keeps our card in config.json, also of another classifier."""
+    from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor
+
+    names = {0: "wood", 1: "field", 2: "lake"}
+    theirs = SegformerForSemanticSegmentation.from_pretrained(
+        exported("hf"), num_labels=3, id2label=names, ignore_mismatched_sizes=True
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    SegformerImageProcessor(do_resize=False, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(tmp_path)
+    ours, card = load_segmenter(tmp_path)
+    image = torch.rand(1, 3, 64, 96)
+    torch.testing.assert_close(logits(ours.eval(), image), logits_of((image - 0.5) / 0.25, theirs), rtol=0, atol=1e-4)
+    assert card["class_names"] == [*names.values()]
+    assert ours.lineage == NON_COMMERCIAL  # still from those weights
+    assert {"palette", "eval_transform"}.isdisjoint(card)
+
+
+def logits_of(image, theirs):
+    with torch.no_grad():
+        return theirs(image).logits
+
+
 def test_the_model_card_states_the_lineage(exported):
     text = (exported("hf") / "README.md").read_text()
     front = text.split("---")[1]
@@ -250,6 +274,22 @@ def test_preprocessing_lies_beside_a_file(exported, network, form):
     assert said["eval_transform"] == RESIZE
     assert tuple(said["class_names"]) == CAMVID.names
     assert said["lineage"] == NON_COMMERCIAL
+
+
+@pytest.mark.parametrize("form", ["safetensors", *LONG])
+def test_a_network_that_shrinks_images_first(run, tmp_path, form):
+    network = trained(**TINY, scale=0.5)
+    save_segmenter(network, tmp_path / "half.safetensors", CAMVID)
+    assert run(form, weights=tmp_path / "half.safetensors") is None
+    said = json.loads((tmp_path / "out" / f"{NAMES[form]}.preprocess.json").read_text())
+    assert said["output"]["stride"] == 8
+    assert said["input"]["minimum_size"] == ([128, 128] if form == "torch" else [64, 64])
+
+
+def test_hugging_face_shrinks_no_images(run, tmp_path):
+    save_segmenter(trained(**TINY, scale=0.5), tmp_path / "half.safetensors", CAMVID)
+    message = run("hf", weights=tmp_path / "half.safetensors")
+    assert "format=hf: segformer_b0 resizes images by 0.5 first" in message
 
 
 @pytest.mark.slow
@@ -443,6 +483,15 @@ def test_plain_resize():
     assert plain_resize(A.Compose([A.CenterCrop(32, 32), A.Resize(64, 96)]).to_dict()) is None
     assert plain_resize(A.Compose([A.PadIfNeeded(64, 96)]).to_dict()) is None
     assert plain_resize(None) is None
+
+
+def test_a_resize_keeps_its_way_of_shrinking():
+    import albumentations as A
+
+    transform = A.Compose([A.Resize(8, 8, area_for_downscale="image"), A.LongestMaxSize(4, area_for_downscale="image")])
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    again = A.Compose([getattr(A, name)(**values) for name, values in resize_steps(transform.to_dict())])
+    assert np.array_equal(again(image=image)["image"], transform(image=image)["image"])
 
 
 # The command

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from albumentations.pytorch import ToTensorV2
+from PIL import Image
 from torch import nn
 
 from transkd.data import Batch, SegmentationDataModule, find_camvid
@@ -132,3 +133,25 @@ def test_wrong_data_is_refused_before_anything_long(camvid_root, changes, messag
     task = Criterion({"task": {"term": TaskCrossEntropy(), "weight": 1.0}})
     with pytest.raises(UserError, match=message):
         rehearse(network, None, task, data)
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (None, r"images and labels of a batch must have the same size, .*data\.eval_batch_size=1"),
+        (
+            A.Compose([A.Resize(32, 64)]),
+            r"labels of a batch must .* \[24, 32\]; .*: \[30, 32\].*data\.eval_batch_size=1",
+        ),
+    ],
+)
+def test_validation_images_that_make_no_batch(camvid_root, student, transform, message):
+    for path in (camvid_root / "val" / "val_01.png", camvid_root / "valannot" / "val_01.png"):
+        pixels = np.asarray(Image.open(path))
+        Image.fromarray(np.concatenate([pixels, pixels[:6]])).save(path)
+    data = SegmentationDataModule(
+        find_camvid, str(camvid_root), "camvid", 11, 2, 2, void=[11], eval_transform=transform
+    )
+    student.num_classes = 11
+    with pytest.raises(UserError, match=message):
+        rehearse(student, None, Criterion({"task": {"term": TaskCrossEntropy(), "weight": 1.0}}), data)

@@ -56,7 +56,7 @@ def find_coco(
         UserError: pycocotools is not installed; a file is missing or not as COCO has it; a category has no class;
             images are missing or of another size than the file says.
     """
-    root = Path(root)
+    root, categories = Path(root), {str(name): of for name, of in (categories or {}).items()}  # YAML's 1 is a number
     path = root / of_split(annotations, split, "data.find.annotations")
     folder = root / of_split(images, split, "data.find.images")
     if not path.is_file() or not folder.is_dir():
@@ -66,14 +66,14 @@ def find_coco(
             f"data.find.images and data.find.annotations say where they are{elsewhere(root, *places)}"
         )
     content = path.read_bytes()
-    settings = json.dumps([list(names), dict(categories or {}), background, 1])
+    settings = json.dumps([list(names), categories, background, 1])
     key = hashlib.sha256(content + settings.encode()).hexdigest()[:12]
     target = root / masks / f"{path.stem}_{key}"
     files = {named(file.relative_to(folder).as_posix()): file for file in find_files(folder)}
     if not (target / INDEX).is_file():
         data = _loaded(content, path)
         _check_images(data["images"], files, path, folder)
-        _draw(data, path, target, _class_ids(names, categories or {}, background))
+        _draw(data, path, target, _class_ids(names, categories, background))
     listed = (target / INDEX).read_text(encoding="utf-8").splitlines()
     _check_names(listed, files, path, folder)
     return [Pair(files[named(name)], target / f"{name}.png") for name in listed]
@@ -99,8 +99,11 @@ def _class_ids(
 def _loaded(content: bytes, path: Path) -> dict[str, Any]:
     try:
         data: dict[str, Any] = json.loads(content)
-        _ = [(c["id"], c["name"]) for c in data["categories"]]
-        _ = [(i["id"], i["file_name"], i["height"], i["width"]) for i in data["images"]]
+        for category in data["categories"]:
+            category |= {"id": category["id"], "name": str(category["name"])}
+        for image in data["images"]:  # some tools write 480.0
+            image |= {"id": image["id"], "height": int(image["height"]), "width": int(image["width"])}
+            named(image["file_name"])
         _ = [(a["image_id"], a["category_id"], a["segmentation"]) for a in data["annotations"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -178,6 +181,8 @@ def _mask(annotation: dict[str, Any], image: dict[str, Any], path: Path, mask_to
     stored, size = annotation["segmentation"], (image["height"], image["width"])
     try:
         if isinstance(stored, list):  # the polygons of one object
+            if any(isinstance(polygon[0], list) for polygon in stored if len(polygon)):
+                raise TypeError("corners [x, y] in lists; expected x, y, x, y, …")
             polygons = [polygon for polygon in stored if len(polygon) >= 6]
             if not polygons:
                 return np.zeros(size, dtype=bool)

@@ -43,18 +43,24 @@ def collate(samples: Sequence[Batch | PlacedBatch]) -> Batch | PlacedBatch:
     Raises:
         UserError: the samples differ in size.
     """
-    for parts in zip(*(sample[:2] for sample in samples), strict=True):
-        if len({part.shape for part in parts}) > 1:
-            sizes = "; ".join(f"{sample.name}: {list(sample.image.shape)}" for sample in samples)
-            raise UserError(
-                f"images and labels of a batch must have the same size, got {sizes}. Add a Resize or a crop to the "
-                "transforms, or set data.batch_size=1 (data.eval_batch_size=1 for validation)"
-            )
+    if len({sample.image.shape for sample in samples}) > 1:
+        sizes = "; ".join(f"{sample.name}: {list(sample.image.shape)}" for sample in samples)
+        raise UserError(
+            f"images and labels of a batch must have the same size, got {sizes}. Add a Resize or a crop to the "
+            "transforms, or set data.batch_size=1 (data.eval_batch_size=1 for validation)"
+        )
+    if len({sample.target.shape for sample in samples}) > 1:  # in validation alone, the transform resizes no labels
+        sizes = "; ".join(f"{sample.name}: {list(sample.target.shape)}" for sample in samples)
+        raise UserError(
+            f"labels of a batch must have the same size, got {sizes}. Where they are scored at their own size, set "
+            "data.eval_batch_size=1"
+        )
     batch: Batch = default_collate([Batch(*sample[:3]) for sample in samples])
     places = [getattr(sample, "place", None) for sample in samples]
     if all(place is None for place in places):
         return batch
-    return PlacedBatch(*batch, torch.stack([torch.eye(2, 3) if place is None else place for place in places]))
+    place = torch.stack([torch.eye(2, 3) if place is None else place for place in places])
+    return PlacedBatch(*batch, place.view(torch.int32))
 
 
 class SegmentationDataModule(L.LightningDataModule):
@@ -236,6 +242,8 @@ class SegmentationDataModule(L.LightningDataModule):
         if isinstance(batch, PlannedBatch):
             assert self._augmentation is not None
             batch = self._augmentation.apply(batch)
+        if isinstance(batch, PlacedBatch):
+            batch = batch._replace(place=batch.place.view(torch.float32))
         if not isinstance(batch, Batch | PlacedBatch):
             return batch
         target = batch.target.long()

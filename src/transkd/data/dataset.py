@@ -16,7 +16,7 @@ from transkd.data.geometry import ImageTransform, ignoring_padding
 from transkd.data.labels import LabelFormat, LabelReader
 from transkd.data.listing import IMAGE_SUFFIXES, Pair, is_image, pair_by_name
 from transkd.data.reading import read_image, read_oriented, read_size, read_stored
-from transkd.data.transformed import check_image, check_label
+from transkd.data.transformed import check_image, check_label, failed
 from transkd.errors import UserError
 
 __all__ = [
@@ -58,7 +58,8 @@ class PlacedBatch(NamedTuple):
         image: as in ``Batch``.
         target: as in ``Batch``, at the labels' own size.
         name: as in ``Batch``.
-        place: by which ``transkd.layers.restored`` brings scores to the labels, [B, 2, 3].
+        place: by which ``transkd.layers.restored`` brings scores to the labels, [B, 2, 3]; from the loader the bits of
+            float32 as int32, since Lightning rounds all floating-point numbers of a batch to ``trainer.precision``.
     """
 
     image: Tensor
@@ -169,11 +170,8 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
                 image, label = self._transformed(image, label, seed)
         except UserError:
             raise
-        except Exception as error:  # Albumentations has no exception of its own
-            raise UserError(
-                f"data.train_transform or data.eval_transform fails on {self.pairs[index].image}, "
-                f"{image.shape[0]}×{image.shape[1]} pixels: {error}"
-            ) from error
+        except Exception as error:
+            raise failed(self.pairs[index].image, image, error) from error
         check_image(image)
         check_label(label)
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

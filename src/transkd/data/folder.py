@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from unicodedata import normalize
 
 from transkd.data.listing import WILDCARD, Pair, elsewhere, matching, named, pair_by_name, read_names
 from transkd.errors import UserError
@@ -96,17 +97,27 @@ def _literal(pattern: str) -> str:
     return pattern if wild is None else pattern[: pattern.rfind("/", 0, wild.start()) + 1]
 
 
+def _columns(root: Path, line: str) -> Pair | None:
+    """The two files that a line names, separated by a tab, a comma or space, which their names may have in them."""
+    for separator in ("\t", ",", None):
+        parts = [part.strip() for part in line.split(separator)]
+        files = [path for part in parts for path in (root / part, root / normalize("NFD", part)) if path.is_file()]
+        if len(parts) == 2 and len({*files}) == 2:
+            return Pair(*dict.fromkeys(files))
+    return None
+
+
 def _listed(root: Path, index: Path, images: Mapping[str, Path], labels: Mapping[str, Path]) -> list[Pair]:
     """Pairs of the names of a split file, in its order."""
     pairs, missing = [], []
     by_name = {
-        name: {**{path.name: path for path in files.values()}, **files}
+        name: {**{named(path.name): path for path in files.values()}, **files}
         for name, files in (("images", images), ("labels", labels))
     }
     for line in read_names(index, "data.find.index"):
-        columns = [part for part in line.replace(",", " ").split() if part]
-        if len(columns) == 2 and all((root / part).is_file() for part in columns):
-            pairs.append(Pair(root / columns[0], root / columns[1]))
+        columns = _columns(root, line)
+        if columns is not None:
+            pairs.append(columns)
             continue
         image = by_name["images"].get(line)
         key = next((key for key, path in images.items() if path == image), line)

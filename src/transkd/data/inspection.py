@@ -55,6 +55,7 @@ class Inspection:
         broken: indices of pairs with such a file.
         sizes: number of images of each height and width.
         pixels: pixels of each class in the labels [K].
+        labels: number of labels that were read, and of those in the split.
         digests: images by the hash of their pixels.
     """
 
@@ -62,6 +63,7 @@ class Inspection:
     total: int
     checked: int
     pixels: npt.NDArray[np.int64]
+    labels: tuple[int, int]
     problems: list[str] = field(default_factory=list)
     broken: set[int] = field(default_factory=set)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -86,13 +88,15 @@ def inspect_split(dataset: SegmentationDataset, split: str, sample: int | None =
     Args:
         dataset: the split.
         split: its name.
-        sample: read so many pairs, evenly spaced in the order of the data set; None reads all.
+        sample: read so many pairs, and so many images without a label, evenly spaced in the order of the data set; None
+            reads all.
         workers: number of worker processes.
     """
     total = len(dataset)
-    count = total if sample is None else min(sample, total)
-    indices = sorted({round(i) for i in np.linspace(0, total - 1, count)}) if count else []
-    found = Inspection(split, total, len(indices), np.zeros(len(dataset.classes.names), dtype=np.int64))
+    labelled = _spread(0, dataset.labelled, sample)
+    indices = [*labelled, *_spread(dataset.labelled, total, sample)]  # images without a label come last
+    pixels = np.zeros(len(dataset.classes.names), dtype=np.int64)
+    found = Inspection(split, total, len(indices), pixels, (len(labelled), dataset.labelled))
     loader = DataLoader(_Examiner(dataset, indices), batch_size=None, num_workers=workers, collate_fn=_unchanged)
     console = Console(stderr=True)
     bar = track(
@@ -108,6 +112,12 @@ def inspect_split(dataset: SegmentationDataset, split: str, sample: int | None =
         if one.pixels is not None:
             found.pixels += one.pixels
     return found
+
+
+def _spread(start: int, stop: int, sample: int | None) -> list[int]:
+    """So many indices of a range, evenly spaced."""
+    count = stop - start if sample is None else min(sample, stop - start)
+    return sorted({round(i) for i in np.linspace(start, stop - 1, count)})
 
 
 class _Examiner(Dataset[Examined]):
@@ -198,9 +208,8 @@ def duplicates(inspections: Iterable[Inspection]) -> list[str]:
 
 def absent_classes(inspection: Inspection, names: Sequence[str]) -> list[str]:
     """One line for each class that no label of a split has."""
-    where = f"{inspection.checked} of {inspection.total} labels of {inspection.split}"
-    if inspection.checked == inspection.total:
-        where = f"labels of {inspection.split}"
+    read, there = inspection.labels
+    where = f"labels of {inspection.split}" if read == there else f"{read} of {there} labels of {inspection.split}"
     return [
         f"the class {name} never occurs in the {where}"
         for name, count in zip(names, inspection.pixels.tolist(), strict=True)

@@ -99,7 +99,8 @@ class LabelReader:
         """
         if path.suffix.lower() == ".txt":
             known = self.names if self.form.ids is None else UNKNOWN  # a map says itself what it knows
-            return self.to_ids(Stored(read_yolo(path, size or (1, 1), known)), path)
+            more = np.flatnonzero(self.table[:IGNORE] != UNKNOWN).tolist()  # ids in data.void, or one up
+            return self.to_ids(Stored(read_yolo(path, size or (1, 1), known, more)), path)
         ids = self.to_ids(read_stored(path, colours=bool(self.form.colors)), path)
         if size is None:
             return ids

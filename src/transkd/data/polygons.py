@@ -1,5 +1,6 @@
 """Polygons to label maps."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ __all__ = ["read_yolo"]
 Polygon = npt.NDArray[np.float64]
 
 
-def read_yolo(path: Path, size: tuple[int, int], classes: int) -> npt.NDArray[Any]:
+def read_yolo(path: Path, size: tuple[int, int], classes: int, more: Collection[int] = ()) -> npt.NDArray[Any]:
     """Draw the polygons of a YOLO segmentation file, small ones over large ones; 255 where there are none.
 
     Args:
         path: text file with a polygon a line: class id, then x and y of each corner from 0 to 1.
         size: height and width of the upright image.
         classes: number of classes, for the check of ids.
+        more: further ids below 255 that may occur.
 
     Returns:
         Class ids [H, W] uint8.
@@ -32,14 +34,14 @@ def read_yolo(path: Path, size: tuple[int, int], classes: int) -> npt.NDArray[An
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the label {path}: {error}") from error
-    polygons = [_polygon(line, path, number, classes) for number, line in enumerate(lines, 1) if line.strip()]
+    polygons = [_polygon(line, path, number, classes, more) for number, line in enumerate(lines, 1) if line.strip()]
     label = np.full(size, IGNORE, dtype=np.uint8)
     for class_id, corners in sorted(polygons, key=lambda polygon: -_area(polygon[1])):
         _fill(label, corners * (size[1], size[0]), class_id)
     return label
 
 
-def _polygon(line: str, path: Path, number: int, classes: int) -> tuple[int, Polygon]:
+def _polygon(line: str, path: Path, number: int, classes: int, more: Collection[int]) -> tuple[int, Polygon]:
     where = f"{path}, line {number}"
     try:
         first, *rest = line.split()
@@ -52,7 +54,7 @@ def _polygon(line: str, path: Path, number: int, classes: int) -> tuple[int, Pol
         raise UserError(f"{where} has 4 numbers, a box; segmentation needs polygons of at least 3 corners x y")
     if len(values) < 6 or len(values) % 2 or not ((values >= 0) & (values <= 1)).all():
         raise UserError(f"{where}: expected at least 3 corners x y, each from 0 to 1, got {len(values)} numbers")
-    if not 0 <= class_id < classes:
+    if not 0 <= class_id < classes and class_id not in more:
         raise UserError(f"{where}: the class id {class_id} is outside the {classes} classes 0…{classes - 1}")
     return class_id, values.reshape(-1, 2)
 

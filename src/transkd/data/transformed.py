@@ -1,12 +1,21 @@
 """What a transform may make of images and labels."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from transkd.errors import UserError
 
-__all__ = ["check_image", "check_label"]
+__all__ = ["check_image", "check_label", "failed"]
+
+
+def failed(path: Path, image: Any, error: Exception) -> UserError:
+    """Say on which image, an array [H, W, 3], a transform fails; Albumentations has no exception of its own."""
+    return UserError(
+        f"data.train_transform or data.eval_transform fails on {path}, "
+        f"{image.shape[0]}×{image.shape[1]} pixels: {error}"
+    )
 
 
 def check_image(pixels: Any) -> None:

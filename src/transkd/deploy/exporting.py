@@ -16,7 +16,8 @@ from transkd.deploy.parity import Images, check_parity
 from transkd.deploy.staging import beside, staged, writing
 from transkd.errors import UserError
 from transkd.files import sha256
-from transkd.models.storage.exporting import FORMATS, Format, complete_card
+from transkd.models import Segmenter
+from transkd.models.storage.exporting import FORMATS, Format, complete_card, smallest
 from transkd.models.storage.lineage import check_license_policy, describe_lineage
 from transkd.pictures import Pixels
 from transkd.settings import ExportSettings
@@ -59,15 +60,16 @@ def write_checked(settings: ExportSettings, path: Path) -> str:
     check_license_policy(network.lineage, settings.license_policy, settings.weights)
     network.eval()
     card = complete_card(network, source_card)
-    images = _real_images(settings.images, form.minimum)
+    minimum = smallest(network, form.minimum)
+    images = _real_images(settings.images, minimum)
     options = {"opset": settings.opset} if settings.format == "onnx" else {}
     with writing(Path(settings.output)):
         form.write(network.fuse() if settings.fuse else network, card, path, **options)
         if settings.format != "hf":  # hf describes it in preprocessor_config.json
-            content = json.dumps(_preprocessing(path, settings.format, form, card), indent=2) + "\n"
+            content = json.dumps(_preprocessing(path, settings.format, network, card), indent=2) + "\n"
             beside(path).write_text(content, encoding="utf-8")
     exported = form.open(path)
-    check_parity(network, exported.run, images, form.minimum, settings.tolerance, settings.format)
+    check_parity(network, exported.run, images, minimum, settings.tolerance, settings.format)
     own = sum(parameter.numel() for parameter in network.parameters())
     return (
         f"{exported.parameters:,} {form.counts}; the network has {own:,} parameters\n"
@@ -81,8 +83,9 @@ def _check_packages(name: str, form: Format) -> None:
             raise UserError(f"format={name} needs the package {package}: pip install 'transkd[export]'")
 
 
-def _preprocessing(path: Path, format: str, form: Format, card: dict[str, Any]) -> dict[str, Any]:
+def _preprocessing(path: Path, format: str, network: Segmenter, card: dict[str, Any]) -> dict[str, Any]:
     """Describe inputs, preprocessing and outputs for programs that run the network."""
+    form, stride = FORMATS[format], 4 / network.scale
     return {
         "model": path.name,
         "sha256": sha256(path),
@@ -93,14 +96,14 @@ def _preprocessing(path: Path, format: str, form: Format, card: dict[str, Any]) 
             "dtype": "float32",
             "channels": "RGB",
             "range": [0, 1],
-            "minimum_size": [form.minimum, form.minimum],
+            "minimum_size": [smallest(network, form.minimum)] * 2,
         },
         "normalisation": {"mean": card["mean"], "std": card["std"], "inside_graph": form.normalises},
         "output": {
             "name": "logits",
             "layout": "NCHW",
             "dtype": "float32",
-            "stride": 4,
+            "stride": int(stride) if stride == int(stride) else stride,
             "then": "upsample bilinearly (align_corners=false) to the image's size, then argmax over the channels",
         },
         "eval_transform": card.get("eval_transform"),

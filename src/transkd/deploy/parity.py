@@ -10,6 +10,7 @@ from torch import Tensor
 
 from transkd.errors import UserError
 from transkd.models import Segmenter
+from transkd.models.storage.exporting import smallest
 from transkd.pictures import Pixels
 
 __all__ = ["Difference", "Images", "check_parity"]
@@ -55,7 +56,8 @@ def check_parity(
     """
     random = torch.Generator().manual_seed(0)
     batches: list[tuple[str, Tensor]] = []
-    for height, width in ((minimum, minimum), (96, 160), (75, 133)):  # the last is not divisible by any stride
+    larger = [(smallest(network, height), smallest(network, width)) for height, width in ((96, 160), (75, 133))]
+    for height, width in ((minimum, minimum), *larger):  # the last is not divisible by any stride
         for count in (1, 2):
             image = torch.randint(256, (count, 3, height, width), generator=random, dtype=torch.uint8)
             batches.append(("random", image))

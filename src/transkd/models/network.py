@@ -19,6 +19,8 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Network"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+MOST_PARTS = 64  # of a scale as a fraction
+
 
 class Network(nn.Module):
     """Segmentation network from an image to a ``SegmentationOutput``.
@@ -75,7 +77,7 @@ class Network(nn.Module):
         if byte:
             image = image / 255
         if self.scale != 1:
-            size = [math.ceil(self.scale * side) for side in image.shape[-2:]]
+            size = [_scaled(side, self.scale) for side in image.shape[-2:]]
             wide = image.float() if image.itemsize < 4 else image  # antialiasing of halves is not on every device
             image = F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=True).to(image)
         return (image - self.mean) / self.std
@@ -109,3 +111,9 @@ class Network(nn.Module):
             raise UserError(f"{self.name} has no logits, so it cannot predict classes")
         size = size or image.shape[-2:]
         return upsampled_argmax(logits if place is None else restored(logits, place, size), size)
+
+
+def _scaled(side: int, scale: float) -> int:
+    """Side times scale, rounded up; in whole numbers for halves, quarters and the like, which exporters can write."""
+    parts, whole = scale.as_integer_ratio()
+    return -(-side * parts // whole) if whole <= MOST_PARTS else math.ceil(scale * side)

@@ -45,11 +45,10 @@ def fill_class_weights(cfg: DictConfig, data: SegmentationDataModule, folder: Pa
     Raises:
         UserError: the rule is unknown, or a label cannot be read.
     """
+    rules = {name: entry.term.get("class_weights") for name, entry in cfg.criterion.terms.items()}
     ruled = {
-        name: entry.term
-        for name, entry in cfg.criterion.terms.items()
-        if isinstance(entry.term.get("class_weights"), str)
-    }
+        name: rule for name, rule in rules.items() if isinstance(rule, str)
+    }  # read before one that refers to another
     if not ruled:
         return
     with one_at_a_time(folder / ".data.lock"):
@@ -58,10 +57,10 @@ def fill_class_weights(cfg: DictConfig, data: SegmentationDataModule, folder: Pa
     absent = [name for name, count in zip(data.classes.names, counts.pixels, strict=True) if not count]
     if absent:
         log.warning("no training label has a pixel of %s", ", ".join(absent))
-    for name, term in ruled.items():
-        weights = class_weights(term.class_weights, counts)
-        log.info("%s: class_weights=%s are %s", name, term.class_weights, weights)
-        term.class_weights = weights
+    for name, rule in ruled.items():
+        weights = class_weights(rule, counts)
+        log.info("%s: class_weights=%s are %s", name, rule, weights)
+        cfg.criterion.terms[name].term.class_weights = weights
 
 
 def _kept_counts(cfg: DictConfig, data: SegmentationDataModule, folder: Path, progress: bool) -> ClassCounts:

@@ -95,7 +95,7 @@ def rehearse(
 
     Raises:
         UserError: the data is not as its settings say, classes differ, a network does not accept the image's size, or a
-            term cannot compare the networks.
+            term cannot compare the networks, or the first validation images make no batch.
     """
     for problem in class_problems(student, teacher, criterion, data):
         raise UserError(problem)
@@ -107,6 +107,8 @@ def rehearse(
     data.check_batch_size()
     for split in ("train", "val"):  # a validation transform that cannot be undone is refused now, not after an epoch
         data.dataset(split).check()
+    val = data.dataset("val")
+    collate([val[i] for i in range(min(getattr(data, "eval_batch_size", 1), len(val)))])
     warn_of_padding(data)
     image, target, *_ = collate([data.dataset("train")[0]])
     parts = [part for part in (student, teacher, criterion) if part is not None]

@@ -12,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 
 from transkd.cli import CONF
 from transkd.data import Batch, SegmentationDataModule, find_camvid
@@ -100,6 +101,23 @@ def test_frames_of_different_sizes_make_one_batch():
     assert batch.name == ["0.png", "1.png", "2.png"]
     with pytest.raises(UserError, match=r"same size, got 0.png: 48×64; 1.png: 64×36"):
         both(A.Compose([A.HorizontalFlip()]), frames[:2], [0, 1])
+
+
+def test_an_image_that_is_smaller_than_the_crop_is_named():
+    planned = PlannedDataset(
+        Frames(frame(40, 40), frame(20, 40)), DeviceAugmentation(A.Compose([A.RandomCrop(32, 32)])).plan
+    )
+    assert planned[0, 0].rows.shape == (32,)
+    with pytest.raises(UserError, match=r"data\.train_transform .* fails on 1\.png, 20×40 pixels: Crop size"):
+        planned[1, 0]
+
+
+@pytest.mark.parametrize("plugin", [HalfPrecision("bf16-true"), DoublePrecision()])
+def test_no_precision_of_the_trainer_moves_a_sample(plugin):
+    augmentation = DeviceAugmentation(A.Compose([A.RandomScale((0.3, 0.3), p=1), A.RandomCrop(32, 300)]))
+    batch = collate_planned([PlannedDataset(Frames(frame(40, 400)), augmentation.plan)[0, 5]])
+    made, expected = augmentation.apply(plugin.convert_input(batch)), augmentation.apply(batch)
+    assert torch.equal(made.image, expected.image)
 
 
 def test_only_what_a_sample_shows_is_sent():

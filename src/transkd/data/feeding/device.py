@@ -61,7 +61,8 @@ class DeviceAugmentation:
         inside = (batch.target_rows != OUTSIDE)[:, :, None] & (batch.target_columns != OUTSIDE)[:, None]
         target = _gather(batch.target, batch.target_rows, batch.target_columns)
         target = target.masked_fill(~inside, self.fill_target)
-        image = _interpolate(batch.image, batch.rows, batch.columns).round()
+        rows, columns = (bits.view(torch.float32) for bits in (batch.rows, batch.columns))
+        image = _interpolate(batch.image, rows, columns).round()
         image = image.masked_fill(~inside[:, None], self.fill)
         for colour in batch.colours:
             image = look_up(image, colour) if isinstance(colour, Tensor) else jitter(image, colour)

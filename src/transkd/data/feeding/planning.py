@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transkd.data.dataset import SegmentationDataset
+from transkd.data.transformed import failed
 from transkd.errors import UserError
 
 __all__ = ["OUTSIDE", "Axis", "Jitter", "Plan", "PlannedBatch", "PlannedDataset", "PlannedSample", "collate_planned"]
@@ -105,7 +106,11 @@ class PlannedSample(NamedTuple):
 
 
 class PlannedBatch(NamedTuple):
-    """A batch of planned samples; images and targets are zero-padded to the largest [B, H, W, …]."""
+    """A batch of planned samples; images and targets are zero-padded to the largest [B, H, W, …].
+
+    Rows and columns are the bits of float32 as int32: Lightning rounds all floating-point numbers of a batch to
+    ``trainer.precision``.
+    """
 
     image: Tensor
     target: Tensor
@@ -139,7 +144,13 @@ class PlannedDataset(Dataset[PlannedSample]):
     def __getitem__(self, key: tuple[int, int]) -> PlannedSample:
         """Return the part of the frame that the sample shows, with its plan."""
         index, seed = key
-        image, label, (rows, columns, colours) = self.plan(*self.dataset.frame(index), seed)
+        frame, whole_label = self.dataset.frame(index)
+        try:
+            image, label, (rows, columns, colours) = self.plan(frame, whole_label, seed)
+        except UserError:
+            raise
+        except Exception as error:
+            raise failed(self.dataset.pairs[index].image, frame, error) from error
         (top, bottom), (left, right) = _extent(rows), _extent(columns)
         return PlannedSample(
             image[top:bottom, left:right],
@@ -189,7 +200,7 @@ def collate_planned(samples: Sequence[PlannedSample]) -> PlannedBatch:
         return torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
 
     names = [sample.name for sample in samples]
-    rows, columns = stack("rows"), stack("columns")
+    rows, columns = (stack(name).view(torch.int32) for name in ("rows", "columns"))
     colours: list[Any] = [
         torch.from_numpy(np.stack(column)) if isinstance(column[0], np.ndarray) else list(column)
         for column in zip(*(sample.colours for sample in samples), strict=True)

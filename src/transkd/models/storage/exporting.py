@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from transkd.models.storage.huggingface import open_huggingface, write_huggingfa
 from transkd.models.storage.resizing import plain_resize
 from transkd.models.storage.saving import save_segmenter
 
-__all__ = ["FORMATS", "Exported", "Format", "complete_card", "plain_resize"]
+__all__ = ["FORMATS", "Exported", "Format", "complete_card", "plain_resize", "smallest"]
 
 RANGE = 255  # largest uint8 value; exported graphs expect RGB in [0, 1]
 
@@ -31,6 +32,11 @@ RANGE = 255  # largest uint8 value; exported graphs expect RGB in [0, 1]
 def complete_card(network: Segmenter, card: Card) -> Card:
     """Merge the card of the source (classes, palette, notes) with the network's description, which takes precedence."""
     return {**card, **describe(network)}
+
+
+def smallest(network: Segmenter, side: int) -> int:
+    """Smallest side of an image that a network which shrinks images first sees as at least ``side``."""
+    return math.ceil(side / min(1.0, network.scale))
 
 
 # safetensors
@@ -70,9 +76,10 @@ class _Logits(nn.Module):
 
 def _trace(network: Segmenter) -> torch.export.ExportedProgram:
     """Trace the network with dynamic batch size, height and width."""
-    image = torch.zeros(2, 3, 75, 133)  # not multiples of any stride: torch.export adds no divisibility constraints
+    # not multiples of any stride: torch.export adds no divisibility constraints
+    image = torch.zeros(2, 3, smallest(network, 75), smallest(network, 133))
     with torch.no_grad(), _explained(network, "traced by torch.export"):
-        side = torch.export.Dim.DYNAMIC(min=SMALLEST_TRACED)
+        side = torch.export.Dim.DYNAMIC(min=smallest(network, SMALLEST_TRACED))
         shapes = {"image": {0: torch.export.Dim.DYNAMIC, 2: side, 3: side}}
         return torch.export.export(_Logits(network).eval(), (image,), dynamic_shapes=shapes)
 
@@ -106,8 +113,9 @@ def _quiet(*names: str) -> Iterator[None]:
 
 
 def _write_torch(network: Segmenter, card: Card, path: Path) -> None:
-    buffer = io.BytesIO()
-    torch.export.save(_trace(network), buffer, extra_files={"transkd.json": json.dumps(card)})
+    buffer, program = io.BytesIO(), _trace(network)
+    with _explained(network, "saved by torch.export"):
+        torch.export.save(program, buffer, extra_files={"transkd.json": json.dumps(card)})
     path.write_bytes(buffer.getbuffer())
 
 

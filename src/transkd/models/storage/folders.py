@@ -18,6 +18,7 @@ from transkd.models.encoders.mit import VARIANTS
 from transkd.models.storage.card import CARD, HASH, fingerprint, read_card
 from transkd.models.storage.lineage import CODE, Lineage
 from transkd.models.storage.recognition import NVIDIA, Weights, origin, recognise
+from transkd.models.storage.resizing import plain_resize
 
 __all__ = ["read_folder", "read_hub", "read_timm_hub"]
 
@@ -53,11 +54,12 @@ def read_folder(source: str, folder: Path) -> Weights:
         _read_file(file, source) if file is not None else _read_shards(folder, _read_json(index or folder), source)
     )
     weights = recognise(source, tensors, license)
+    own = read_card(config[CARD], f"{source} (config.json)") if CARD in config else {}  # written by our export
     if weights.kind == "huggingface":
         processor = _read_json(folder / "preprocessor_config.json")
         described = _huggingface_card(config, processor, weights, source)
         weights.card.update(read_card(described, f"{source} (config.json, preprocessor_config.json)"))
-    own = read_card(config[CARD], f"{source} (config.json)") if CARD in config else {}  # written by our export
+        own = _still_true(own, weights.card, bool(processor))
     return weights._replace(card={**weights.card, **own}, lineage=own.get("lineage", weights.lineage))
 
 
@@ -142,6 +144,32 @@ def _huggingface_card(
         raise UserError(f"{source}: preprocessor_config.json has rescale_factor={factor!r}, expected 1/255")
     if processor.get("do_resize"):
         card["eval_transform"] = _resize(processor.get("size", 512), source)  # transformers' default
+    return card
+
+
+def _still_true(own: Mapping[str, Any], stated: Mapping[str, Any], processed: bool) -> dict[str, Any]:
+    """What our export's card says and transformers' files do not contradict: it stays in folders that they write again.
+
+    Args:
+        own: the card.
+        stated: what config.json, the tensors and preprocessor_config.json say.
+        processed: whether there is a preprocessor_config.json.
+    """
+    card, classes = dict(own), stated.get("num_classes")
+    names = own.get("class_names") or [f"class {i}" for i in range(own.get("num_classes") or 0)]
+    if (
+        classes
+        and "num_classes" in own
+        and (classes != own["num_classes"] or stated.get("class_names", names) != names)
+    ):
+        card = {key: value for key, value in card.items() if key not in ("class_names", "palette")}
+        card["num_classes"] = classes
+        if card.get("recipe") is not None:
+            card["recipe"] = {**card["recipe"], "num_classes": classes}
+    if processed:
+        size, ours = (plain_resize(part.get("eval_transform")) for part in (stated, own))
+        dropped = {"mean", "std"} | ({"eval_transform"} if size != ours else set())
+        card = {key: value for key, value in card.items() if key not in dropped}
     return card
 
 

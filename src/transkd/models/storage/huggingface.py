@@ -31,6 +31,11 @@ def write_huggingface(network: Segmenter, card: Card, path: Path) -> None:
             f"format=hf is only for SegFormer, which transformers implements; {network.name} is a "
             f"{type(encoder).__name__} with a {type(head).__name__}. Other formats: onnx, torch, safetensors"
         )
+    if network.scale != 1:
+        raise UserError(
+            f"format=hf: {network.name} resizes images by {network.scale:g} first, which a SegFormer of transformers "
+            "does not. Other formats: onnx, torch, safetensors"
+        )
     path.mkdir()
     config = {**_huggingface_config(encoder, head, card), CARD: card}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ __all__ = ["Step", "plain_resize", "resize_steps", "resized"]
 
 Side = Annotated[int, Field(ge=1, le=16384)]
 Interpolation = Annotated[int, Field(ge=0, le=6)]
+Area = Literal["image", "image_mask"] | None
 
 
 class _Values(BaseModel):
@@ -21,12 +22,14 @@ class _Resize(_Values):
     height: Side
     width: Side
     interpolation: Interpolation = 1
+    area_for_downscale: Area = None
     p: Annotated[float, Field(ge=1, le=1)] = 1.0
 
 
 class _MaxSize(_Values):
     max_size: Side
     interpolation: Interpolation = 1
+    area_for_downscale: Area = None
     p: Annotated[float, Field(ge=1, le=1)] = 1.0
 
 
@@ -69,7 +72,7 @@ def resize_steps(transform: Any) -> list[Step]:
     Example:
         >>> import albumentations as A
         >>> resize_steps(A.Compose([A.SmallestMaxSize(512)]).to_dict())
-        [('SmallestMaxSize', {'max_size': 512, 'interpolation': 1, 'p': 1.0})]
+        [('SmallestMaxSize', {'max_size': 512, 'interpolation': 1, 'area_for_downscale': None, 'p': 1.0})]
     """
     return _flatten(transform.get("transform") if isinstance(transform, Mapping) else transform, 0)
 
