@@ -60,7 +60,7 @@ def collate(samples: Sequence[Batch | PlacedBatch]) -> Batch | PlacedBatch:
     if all(place is None for place in places):
         return batch
     place = torch.stack([torch.eye(2, 3) if place is None else place for place in places])
-    return PlacedBatch(*batch, place.view(torch.int32))
+    return PlacedBatch(*batch, place.view(torch.int32))  # bits, which Lightning does not round: see PlannedBatch
 
 
 class SegmentationDataModule(L.LightningDataModule):
