@@ -50,6 +50,12 @@ def test_bytes_and_fractions_are_the_same_image(b0):
     assert torch.equal(bytes_.logits, fractions.logits)
 
 
+def test_a_mean_in_whole_numbers_rounds_no_image():
+    network = create_segmenter("segformer_b0", num_classes=2, mean=[0, 0, 0], std=[1, 1, 1])
+    for image in (PIXELS, PIXELS.float() / 255):
+        torch.testing.assert_close(network.normalise(image), PIXELS / 255)
+
+
 def test_the_default_normalisation_is_imagenets():
     network = create_segmenter("segformer_b0", num_classes=2)
     assert network.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])

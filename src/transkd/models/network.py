@@ -65,8 +65,9 @@ class Network(nn.Module):
         self.channels = tuple(channels)
         self.num_classes = num_classes
         self.normalisation_chosen = mean is not None
-        self.register_buffer("mean", torch.tensor(mean or IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std or IMAGENET_STD).view(3, 1, 1), persistent=False)
+        for buffer, values in (("mean", mean or IMAGENET_MEAN), ("std", std or IMAGENET_STD)):
+            by_channel = torch.tensor([float(value) for value in values]).view(3, 1, 1)
+            self.register_buffer(buffer, by_channel, persistent=False)
 
     def normalise(self, image: Tensor) -> Tensor:
         """Convert RGB [B, 3, H, W], uint8 or float in [0, 1], to the network's input."""
