@@ -1,4 +1,4 @@
-"""Small images and labels on disk."""
+"""Small images and labels."""
 
 import numpy as np
 from PIL import Image
@@ -14,3 +14,9 @@ def write_pair(image, label, values, rng):
     for path, pixels in ((image, rng.integers(0, 256, (height, width, 3), dtype=np.uint8)), (label, ids)):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
+
+
+class Samples(list):
+    """A data set, all of whose samples have labels."""
+
+    labelled = property(len)

@@ -12,6 +12,7 @@ from damage import damage, write_many
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from runs import TINY, composed
+from small_data import Samples
 
 import transkd.check
 from transkd.cli import CONF
@@ -197,12 +198,6 @@ def test_a_mistake_of_another_library_is_a_problem_too():
     assert findings.attempt("the step", fails, torch.OutOfMemoryError("")) is None
     assert "ZeroDivisionError: no way" in findings.problems[0]
     assert "data.batch_size=7 does not fit into the memory" in findings.problems[1]
-
-
-class Samples(list):
-    """A data set, all of whose samples have labels."""
-
-    labelled = property(len)
 
 
 class Data:

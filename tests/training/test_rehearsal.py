@@ -9,6 +9,7 @@ import pytest
 import torch
 from albumentations.pytorch import ToTensorV2
 from PIL import Image
+from small_data import Samples
 from torch import nn
 
 from transkd.data import Batch, SegmentationDataModule, find_camvid
@@ -30,12 +31,6 @@ class Constant(nn.Module):
 
     def forward(self, student, teacher, target=None):
         return student.logits.sum() * 0 + self.value
-
-
-class Samples(list):
-    """A data set, all of whose samples have labels."""
-
-    labelled = property(len)
 
 
 class Data:

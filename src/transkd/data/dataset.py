@@ -16,8 +16,7 @@ from transkd.data.geometry import ImageTransform, ignoring_padding
 from transkd.data.labels import LabelFormat, LabelReader
 from transkd.data.listing import IMAGE_SUFFIXES, Pair, is_image, pair_by_name
 from transkd.data.reading import read_image, read_oriented, read_size, read_stored
-from transkd.data.transformed import check_image, check_label, failed
-from transkd.errors import UserError
+from transkd.data.transformed import check_image, check_label, transforming
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -163,15 +162,11 @@ class SegmentationDataset(Dataset[Batch | PlacedBatch]):
         index, seed = key if isinstance(key, tuple) else (key, None)
         image, label = self.frame(index)
         place = None
-        try:
+        with transforming(self.pairs[index].image, image):
             if self._image_transform is not None:
                 image, place = self._image_transform(image)
             elif self.transform is not None:
                 image, label = self._transformed(image, label, seed)
-        except UserError:
-            raise
-        except Exception as error:
-            raise failed(self.pairs[index].image, image, error) from error
         check_image(image)
         check_label(label)
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

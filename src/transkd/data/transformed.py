@@ -1,5 +1,7 @@
 """What a transform may make of images and labels."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +9,21 @@ import numpy as np
 
 from transkd.errors import UserError
 
-__all__ = ["check_image", "check_label", "failed"]
+__all__ = ["check_image", "check_label", "transforming"]
 
 
-def failed(path: Path, image: Any, error: Exception) -> UserError:
+@contextmanager
+def transforming(path: Path, image: Any) -> Iterator[None]:
     """Say on which image, an array [H, W, 3], a transform fails; Albumentations has no exception of its own."""
-    return UserError(
-        f"data.train_transform or data.eval_transform fails on {path}, "
-        f"{image.shape[0]}×{image.shape[1]} pixels: {error}"
-    )
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"data.train_transform or data.eval_transform fails on {path}, "
+            f"{image.shape[0]}×{image.shape[1]} pixels: {error}"
+        ) from error
 
 
 def check_image(pixels: Any) -> None:

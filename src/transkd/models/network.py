@@ -65,18 +65,16 @@ class Network(nn.Module):
         self.channels = tuple(channels)
         self.num_classes = num_classes
         self.normalisation_chosen = mean is not None
-        for buffer, values in (("mean", mean or IMAGENET_MEAN), ("std", std or IMAGENET_STD)):
-            by_channel = torch.tensor([float(value) for value in values]).view(3, 1, 1)
-            self.register_buffer(buffer, by_channel, persistent=False)
+        dtype = torch.get_default_dtype()  # also for whole numbers
+        self.register_buffer("mean", torch.tensor(mean or IMAGENET_MEAN, dtype=dtype).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or IMAGENET_STD, dtype=dtype).view(3, 1, 1), persistent=False)
 
     def normalise(self, image: Tensor) -> Tensor:
         """Convert RGB [B, 3, H, W], uint8 or float in [0, 1], to the network's input."""
         if image.ndim != 4 or image.shape[1] != 3:
             raise UserError(f"expected RGB images [B, 3, H, W], got a tensor of shape {list(image.shape)}")
-        byte = image.dtype == torch.uint8
-        image = image.to(self.mean.dtype)  # a float image too: protocols give float32 to a network in bfloat16
-        if byte:
-            image = image / 255
+        floating = image.to(self.mean.dtype)  # a float image too: protocols give float32 to a network in bfloat16
+        image = floating / 255 if image.dtype == torch.uint8 else floating
         if self.scale != 1:
             size = [_scaled(side, self.scale) for side in image.shape[-2:]]
             wide = image.float() if image.itemsize < 4 else image  # antialiasing of halves is not on every device

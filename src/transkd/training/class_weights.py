@@ -45,10 +45,9 @@ def fill_class_weights(cfg: DictConfig, data: SegmentationDataModule, folder: Pa
     Raises:
         UserError: the rule is unknown, or a label cannot be read.
     """
+    # all rules are read first: one may refer to another
     rules = {name: entry.term.get("class_weights") for name, entry in cfg.criterion.terms.items()}
-    ruled = {
-        name: rule for name, rule in rules.items() if isinstance(rule, str)
-    }  # read before one that refers to another
+    ruled = {name: rule for name, rule in rules.items() if isinstance(rule, str)}
     if not ruled:
         return
     with one_at_a_time(folder / ".data.lock"):

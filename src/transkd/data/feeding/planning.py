@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from transkd.data.dataset import SegmentationDataset
-from transkd.data.transformed import failed
+from transkd.data.transformed import transforming
 from transkd.errors import UserError
 
 __all__ = ["OUTSIDE", "Axis", "Jitter", "Plan", "PlannedBatch", "PlannedDataset", "PlannedSample", "collate_planned"]
@@ -145,12 +145,8 @@ class PlannedDataset(Dataset[PlannedSample]):
         """Return the part of the frame that the sample shows, with its plan."""
         index, seed = key
         frame, whole_label = self.dataset.frame(index)
-        try:
+        with transforming(self.dataset.pairs[index].image, frame):
             image, label, (rows, columns, colours) = self.plan(frame, whole_label, seed)
-        except UserError:
-            raise
-        except Exception as error:
-            raise failed(self.dataset.pairs[index].image, frame, error) from error
         (top, bottom), (left, right) = _extent(rows), _extent(columns)
         return PlannedSample(
             image[top:bottom, left:right],
